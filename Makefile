@@ -1,0 +1,67 @@
+# Everything that a developer runs. A fresh machine needs Python 3.11 or newer and make, nothing else:
+# what a target needs is installed into .venv (the demo's, smaller, into .venv-demo) the first time.
+
+PYTHON ?= python3
+JOBS ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+# Where pip looks as well, such as PyTorch's index of CPU-only builds (PyPI's build for Linux brings CUDA along).
+TORCH_INDEX ?=
+
+VENV := .venv
+DEMO_VENV := .venv-demo
+BIN := $(VENV)/bin
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+              $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
+		printf '%-16s %s\n' "$$target" "$$text"; done
+
+venv: $(VENV)/.installed  ## make .venv with the package and all that development needs
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing ckptstore and its development tools into $(VENV); the first time this takes some minutes."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+# Where .venv stands already, it does for the demo too: it holds more.
+DEMO_STAMP := $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(DEMO_VENV)/.installed)
+
+$(DEMO_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing ckptstore and its trainer into $(DEMO_VENV); most of the download is PyTorch."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -x $(DEMO_VENV)/bin/python || $(PYTHON) -m venv $(DEMO_VENV)
+	@$(DEMO_VENV)/bin/python $(PIP_INSTALL) -e '.[trainer]'
+	@touch $@
+
+demo: $(DEMO_STAMP)  ## train, kill in the middle of a save, resume, prove that nothing was lost (2 minutes)
+	@$(dir $<)bin/python -m trainer.demo $(DEMO_ARGS)
+
+test: venv  ## run the tests (PYTEST_ARGS='-k restore', JOBS=4)
+	@$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+check: venv  ## formatting, lint, types, imports between modules, code in the documents
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q tests/docs
+
+format: venv  ## format the code and mend what can be mended
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: venv  ## run the benchmarks (BENCH_ARGS=...)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean:  ## remove what was built, installed and cached here
+	@rm -rf $(VENV) $(DEMO_VENV) demo-ckpts build dist htmlcov .coverage .coverage.* \
+		.hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
