@@ -1,0 +1,128 @@
+"""Raw bytes <-> encoded planes: what pays is compressed with zstd, what does not is stored as it is.
+
+Knows planes and zstd; knows nothing of chunk headers, digests or storage.
+"""
+
+import threading
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import zstandard
+
+from ckptstore.errors import CorruptError
+from ckptstore.kernels import PLANE_WIDTHS, ByteArray, merge, split
+
+_SAMPLE_SLICES = 8
+_SAMPLE_ELEMENTS = 2048
+_PAYS = 0.97
+"""A plane whose sample does not shrink to this is stored raw."""
+
+
+class Mode(IntEnum):
+    """How a plane is stored."""
+
+    RAW = 0
+    ZSTD = 1
+    ZERO = 2
+    """Every byte of the plane is zero; nothing is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One stored plane: its mode, and its bytes as they stand in the chunk."""
+
+    mode: Mode
+    stored: ByteArray
+
+
+class _Zstd(threading.local):
+    """zstd contexts of one thread; they are not to be shared between threads.
+
+    Both settings match only long repeats and leave the rest to entropy coding, which is what exponents need. A
+    tiny hash table is better for weights, a larger one for Adam's moments (measured, docs/decisions/0003).
+    """
+
+    def __init__(self) -> None:
+        self.compressors = [
+            zstandard.ZstdCompressor(
+                compression_params=zstandard.ZstdCompressionParameters(
+                    window_log=18,
+                    hash_log=hash_log,
+                    chain_log=6,
+                    search_log=1,
+                    min_match=7,
+                    target_length=0,
+                    strategy=1,
+                    write_content_size=True,
+                )
+            )
+            for hash_log in (6, 10)
+        ]
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
+
+
+_zstd = _Zstd()
+
+
+def encode_planes(raw: ByteArray, element_size: int) -> list[Plane]:
+    """Split `raw` (a multiple of `element_size` bytes, not empty) and compress the planes for which it pays."""
+    count = len(raw) // element_size
+    planes = [np.empty(count * width, np.uint8) for width in PLANE_WIDTHS[element_size]]
+    samples = _sample(raw, element_size)
+    split(raw, element_size, planes)
+    return [_encode(plane, sample) for plane, sample in zip(planes, samples, strict=True)]
+
+
+def decode_planes(planes: list[Plane], element_size: int, out: ByteArray) -> None:
+    """Write the raw bytes of `planes` into `out`, whose length says how many. Raises CorruptError.
+
+    Allocates no more than `out` holds, whatever the planes claim.
+    """
+    count = len(out) // element_size
+    decoded = [
+        _decode(plane, count * width) for plane, width in zip(planes, PLANE_WIDTHS[element_size], strict=True)
+    ]
+    merge(decoded, element_size, out)
+
+
+def _sample(raw: ByteArray, element_size: int) -> list[ByteArray]:
+    """The planes of a few slices of `raw`, taken at even distances."""
+    elements = raw.reshape(-1, element_size)
+    if len(elements) > _SAMPLE_SLICES * _SAMPLE_ELEMENTS:
+        starts = np.linspace(0, len(elements) - _SAMPLE_ELEMENTS, _SAMPLE_SLICES, dtype=np.int64)
+        elements = np.concatenate([elements[start : start + _SAMPLE_ELEMENTS] for start in starts])
+    planes = [np.empty(len(elements) * width, np.uint8) for width in PLANE_WIDTHS[element_size]]
+    split(elements.reshape(-1), element_size, planes)
+    return planes
+
+
+def _encode(plane: ByteArray, sample: ByteArray) -> Plane:
+    if not sample.any() and not plane.any():
+        return Plane(Mode.ZERO, plane[:0])
+    sizes = [len(compressor.compress(sample)) for compressor in _zstd.compressors]
+    best = min(sizes)
+    if best > _PAYS * len(sample):
+        return Plane(Mode.RAW, plane)
+    stored = _zstd.compressors[sizes.index(best)].compress(plane)
+    if len(stored) > _PAYS * len(plane):
+        return Plane(Mode.RAW, plane)
+    return Plane(Mode.ZSTD, np.frombuffer(stored, np.uint8))
+
+
+def _decode(plane: Plane, length: int) -> ByteArray:
+    if plane.mode is Mode.ZERO:
+        return np.zeros(length, np.uint8)
+    if plane.mode is Mode.RAW:
+        if len(plane.stored) != length:
+            raise CorruptError(f"a raw plane has {len(plane.stored)} bytes in place of {length}")
+        return plane.stored
+    try:
+        if zstandard.get_frame_parameters(plane.stored).content_size != length:
+            raise CorruptError(f"a compressed plane does not hold {length} bytes")
+        content = _zstd.decompressor.decompress(plane.stored, max_output_size=length, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CorruptError(f"a compressed plane cannot be read: {error}") from error
+    if len(content) != length:
+        raise CorruptError(f"a compressed plane holds {len(content)} bytes in place of {length}")
+    return np.frombuffer(content, np.uint8)

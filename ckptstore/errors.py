@@ -1,0 +1,53 @@
+"""The tree of errors that users meet.
+
+Every error that leaves the package is one of these (or a programming error such as TypeError).
+Each text says what happened, where (run, step, tensor path, key) and what to do next; the cause is chained.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConflictError",
+    "CorruptError",
+    "FencedError",
+    "InvalidInputError",
+    "MissingChunkError",
+    "NotFoundError",
+    "UnavailableError",
+    "UnsupportedFormatError",
+]
+
+
+class CheckpointError(Exception):
+    """The base of every error that ckptstore raises on purpose."""
+
+
+class InvalidInputError(CheckpointError, ValueError):
+    """What the caller passed cannot be saved, restored or named; nothing was changed."""
+
+
+class NotFoundError(CheckpointError, LookupError):
+    """There is no such store, run, step or part of a checkpoint."""
+
+
+class ConflictError(CheckpointError):
+    """The step already holds other content; nothing was changed."""
+
+
+class CorruptError(CheckpointError):
+    """Stored bytes are not the bytes that were saved (or were cut, or are not ours)."""
+
+
+class MissingChunkError(CorruptError):
+    """A chunk that a checkpoint refers to is not in the store."""
+
+
+class UnsupportedFormatError(CheckpointError):
+    """An object was written by a newer version of ckptstore than this one can read."""
+
+
+class FencedError(CheckpointError):
+    """A collector took this save for dead and kept it from committing; save again."""
+
+
+class UnavailableError(CheckpointError):
+    """The backend refused or failed a request, after its own retries; the cause is attached."""

@@ -1,0 +1,133 @@
+"""The names and numbers of the format: version, sizes, keys. Pure; docs/format.md is the same in prose.
+
+Keys are made and parsed here and nowhere else, always from checked parts: no key is ever taken as a path from an object.
+"""
+
+import re
+import secrets
+from dataclasses import dataclass
+
+from ckptstore.errors import InvalidInputError
+
+FORMAT_VERSION = 1
+"""Of the marker, manifests, sessions and condemned lists. Chunks carry a version of their own (chunk.py)."""
+
+DIGEST_BYTES = 32
+DEFAULT_CHUNK_BYTES = 8 * 2**20
+DEFAULT_SMALL_BYTES = 64 * 2**10
+"""Segments shorter than this are packed together into bundles."""
+MAX_CHUNK_BYTES = 2**30
+MAX_STEP = 2**63 - 1
+MIN_MANIFEST_BYTES = 1024
+"""A committed manifest is padded to this. Fences and tombstones are shorter, so a listing tells them apart."""
+
+MARKER_KEY = "ckptstore.json"
+SESSIONS = "sessions/"
+CHUNKS = "chunks/"
+RUNS = "runs/"
+CONDEMNED = "condemned/"
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SAVE_ID = re.compile(r"[0-9a-f]{32}")
+_RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=,-]{0,127}")
+_CHUNK_KEY = re.compile(r"chunks/([0-9a-f]{2})/([0-9a-f]{64})\.([0-9a-f]{32})")
+_MANIFEST_KEY = re.compile(r"runs/([^/]+)/([0-9]{20})\.([0-9a-f]{32})\.json")
+
+
+def new_save_id() -> str:
+    """A fresh random name for one save or one condemned list: 128 bits in hex."""
+    return secrets.token_hex(16)
+
+
+def is_digest(text: object) -> bool:
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def is_save_id(text: object) -> bool:
+    return isinstance(text, str) and _SAVE_ID.fullmatch(text) is not None
+
+
+def is_run_name(text: object) -> bool:
+    return isinstance(text, str) and _RUN_NAME.fullmatch(text) is not None
+
+
+def check_run_name(name: object) -> str:
+    """Return `name`, or raise InvalidInputError that says what a run may be called."""
+    if not is_run_name(name):
+        raise InvalidInputError(
+            f"{name!r} cannot be the name of a run: use 1 to 128 letters, digits and . _ + = , - "
+            "with a letter, a digit or _ first (no slash, no space), such as 'lstm-bible_lr=0.001'."
+        )
+    assert isinstance(name, str)
+    return name
+
+
+def check_step(step: object) -> int:
+    """Return `step` as an int, or raise InvalidInputError. A bool, a float or a negative number is no step."""
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise InvalidInputError(f"step must be a whole number, not {step!r} of type {type(step).__name__}.")
+    number = int(step.__index__())
+    if not 0 <= number <= MAX_STEP:
+        raise InvalidInputError(f"step must lie between 0 and 2**63-1, not {number}.")
+    return number
+
+
+def session_key(save_id: str) -> str:
+    return f"{SESSIONS}{save_id}.json"
+
+
+def condemned_key(collection_id: str) -> str:
+    return f"{CONDEMNED}{collection_id}.json"
+
+
+def chunk_key(digest: str, save_id: str) -> str:
+    return f"{CHUNKS}{digest[:2]}/{digest}.{save_id}"
+
+
+def run_prefix(run: str) -> str:
+    return f"{RUNS}{run}/"
+
+
+def manifest_key(run: str, step: int, save_id: str) -> str:
+    return f"{RUNS}{run}/{step:020d}.{save_id}.json"
+
+
+def step_prefix(run: str, step: int) -> str:
+    return f"{RUNS}{run}/{step:020d}."
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ChunkKey:
+    """The parts of a chunk's key: digest of the raw bytes, and the save that uploaded it (both hex)."""
+
+    digest: str
+    save_id: str
+
+    def __str__(self) -> str:
+        return chunk_key(self.digest, self.save_id)
+
+    @classmethod
+    def parse(cls, key: str) -> "ChunkKey | None":
+        match = _CHUNK_KEY.fullmatch(key)
+        if match is None or match[1] != match[2][:2]:
+            return None
+        return cls(match[2], match[3])
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ManifestKey:
+    """The parts of a manifest's key: run, step and save id."""
+
+    run: str
+    step: int
+    save_id: str
+
+    def __str__(self) -> str:
+        return manifest_key(self.run, self.step, self.save_id)
+
+    @classmethod
+    def parse(cls, key: str) -> "ManifestKey | None":
+        match = _MANIFEST_KEY.fullmatch(key)
+        if match is None or not is_run_name(match[1]) or int(match[2]) > MAX_STEP:
+            return None
+        return cls(match[1], int(match[2]), match[3])

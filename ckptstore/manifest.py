@@ -1,0 +1,216 @@
+"""The JSON objects of a store: marker, session, manifest (committed, fenced, deleted), condemned list.
+
+Structs <-> sealed bytes, with every bound checked on the way in: what `decode_…` returns can be trusted to be
+well-formed, whoever wrote it. Knows nothing of tensors' values and nothing of storage.
+"""
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import blake3
+import msgspec
+from msgspec import Meta, Struct
+
+from ckptstore.errors import CorruptError, UnsupportedFormatError
+from ckptstore.format import (
+    FORMAT_VERSION,
+    MAX_CHUNK_BYTES,
+    MAX_STEP,
+    MIN_MANIFEST_BYTES,
+    ChunkKey,
+    ManifestKey,
+    chunk_key,
+    is_run_name,
+)
+from ckptstore.sealed import seal, unseal
+
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+SaveId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
+ChunkLength = Annotated[int, Meta(ge=1, le=MAX_CHUNK_BYTES)]
+ElementSize = Literal[1, 2, 4, 8]
+Time = str
+"""UTC, ISO 8601 with microseconds and a Z: the writer's clock, for people; no decision rests on it."""
+T = TypeVar("T")
+
+
+class _Versioned(Struct):
+    """Just the version, of any object of any version."""
+
+    format: Annotated[int, Meta(ge=1)]
+
+
+class Marker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`ckptstore.json`: that this is a store, and how all its writers cut tensors into chunks."""
+
+    format: int = FORMAT_VERSION
+    kind: Literal["ckptstore"] = "ckptstore"
+    store: SaveId
+    created: Time
+    chunk_bytes: ChunkLength
+    small_bytes: Annotated[int, Meta(ge=0, le=MAX_CHUNK_BYTES)]
+
+
+class Writer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who wrote an object: for people who look for a job that died."""
+
+    host: str
+    pid: int
+    version: str
+
+
+class Session(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`sessions/<save id>.json`: a save under way. Put again with a greater `beat` as long as it lives."""
+
+    format: int = FORMAT_VERSION
+    save: SaveId
+    run: str
+    step: Step
+    writer: Writer
+    opened: Time
+    beat: Count
+
+
+class ChunkRef(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One chunk object that decoding a checkpoint takes. Its key is made of `digest` and `save`."""
+
+    digest: Digest
+    save: SaveId
+    raw: ChunkLength
+    stored: Count
+
+    @property
+    def key(self) -> str:
+        return chunk_key(self.digest, self.save)
+
+
+class Segment(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A run of bytes that one tensor, or several that share memory, live in.
+
+    Its bytes are those of `chunks` (indices into the manifest's table) one after the other, or, if it lies in a
+    bundle, `bytes` bytes from `offset` on of the one chunk.
+    """
+
+    bytes: Count
+    element: ElementSize
+    chunks: list[Count]
+    offset: Count | None = None
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`runs/<run>/<step>.<save id>.json`: one committed checkpoint."""
+
+    format: int = FORMAT_VERSION
+    state: Literal["committed"] = "committed"
+    run: str
+    step: Step
+    save: SaveId
+    created: Time
+    writer: Writer
+    replaces: list[SaveId]
+    metrics: Any
+    metadata: Any
+    content: Digest
+    """BLAKE3 of the tree and the chunks' digests: equal for equal states, whoever uploaded what."""
+    raw_bytes: Count
+    stored_bytes: Count
+    new_bytes: Count
+    tree: Any
+    segments: list[Segment]
+    chunks: list[ChunkRef]
+
+    @property
+    def key(self) -> ManifestKey:
+        return ManifestKey(self.run, self.step, self.save)
+
+
+class Ended(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """In a manifest's place: a fence (the save can never commit) or a tombstone (the checkpoint was deleted)."""
+
+    format: int = FORMAT_VERSION
+    state: Literal["fenced", "deleted"]
+    run: str
+    step: Step
+    save: SaveId
+    created: Time
+
+    @property
+    def key(self) -> ManifestKey:
+        return ManifestKey(self.run, self.step, self.save)
+
+
+class Condemned(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`condemned/<id>.json`: exact chunk keys that no save may reuse, because they go or are corrupt."""
+
+    format: int = FORMAT_VERSION
+    collection: SaveId
+    reason: Literal["unreferenced", "corrupt"]
+    created: Time
+    keys: list[str]
+
+
+def content_digest(tree: Any, segments: list[Segment], digests: list[str]) -> str:
+    """What makes two checkpoints the same state: the tree, the segments and the chunks' digests in their order."""
+    return blake3.blake3(msgspec.json.encode([tree, segments, digests])).hexdigest()
+
+
+def encode(value: Marker | Session | Manifest | Ended | Condemned) -> bytes:
+    """The sealed bytes of any object."""
+    return seal(msgspec.json.encode(value), min_bytes=MIN_MANIFEST_BYTES if isinstance(value, Manifest) else 0)
+
+
+def decode_marker(content: bytes, key: str) -> Marker:
+    """Raises CorruptError or UnsupportedFormatError, as all of these do."""
+    return _decode(content, key, Marker)
+
+
+def decode_session(content: bytes, key: str) -> Session:
+    return _decode(content, key, Session)
+
+
+def decode_condemned(content: bytes, key: str) -> Condemned:
+    value = _decode(content, key, Condemned)
+    if not all(ChunkKey.parse(condemned) for condemned in value.keys):
+        raise CorruptError(f"{key} names a key that is not a chunk's")
+    return value
+
+
+def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
+    """The manifest, fence or tombstone at `key`, each index and length in it checked."""
+    state = re.match(rb'\{"format":\d+,"state":"(\w+)"', content)
+    value = _decode(content, str(key), Manifest if state and state[1] == b"committed" else Ended)
+    if value.key != key or not is_run_name(value.run):
+        raise CorruptError(f"{key} says that it is the manifest {value.key}")
+    if isinstance(value, Manifest):
+        _check_segments(value)
+    return value
+
+
+def _decode(content: bytes, key: str, type_: type[T]) -> T:
+    text = unseal(content, key)
+    try:
+        found = msgspec.json.decode(text, type=_Versioned).format
+        if found > FORMAT_VERSION:
+            raise UnsupportedFormatError(
+                f"{key} has format version {found}; this ckptstore reads up to {FORMAT_VERSION}. "
+                "Install a newer ckptstore to use this store."
+            )
+        return msgspec.json.decode(text, type=type_)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CorruptError(f"{key} does not hold what its name says ({error})") from error
+
+
+def _check_segments(manifest: Manifest) -> None:
+    """Each segment's chunks exist in the table and hold exactly its bytes."""
+    lengths = [chunk.raw for chunk in manifest.chunks]
+    for number, segment in enumerate(manifest.segments):
+        if any(index >= len(lengths) for index in segment.chunks) or segment.bytes % segment.element:
+            raise CorruptError(f"{manifest.key}: segment {number} refers to chunks that are not listed")
+        held = sum(lengths[index] for index in segment.chunks)
+        if segment.offset is None:
+            fits = held == segment.bytes
+        else:
+            fits = len(segment.chunks) == 1 and segment.offset + segment.bytes <= held
+        if not fits:
+            raise CorruptError(f"{manifest.key}: segment {number} has {segment.bytes} bytes, its chunks {held}")

@@ -1,0 +1,64 @@
+"""What the store asks of a backend: a flat space of keys with exclusive create. No protocol, no formats here.
+
+A backend must be strongly consistent: a get or a list after a put sees it. docs/explanation/protocol.md says why
+each of these is needed, and `ckptstore.testing` holds the suite of tests that every backend has to pass.
+"""
+
+import abc
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Bytes = bytes | bytearray | memoryview
+"""What a backend accepts as an object's content; what it returns is `bytes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One row of a listing: the key, its size in bytes, and the store's own last-modified time (seconds, epoch)."""
+
+    key: str
+    size: int
+    modified: float
+
+
+class Objects(abc.ABC):
+    """A flat space of objects under one URL. Keys use `/` and are relative to that URL.
+
+    Every method may be called from many threads at a time. Every method raises
+    `ckptstore.UnavailableError`, and nothing else, when the backend refuses or fails (the cause chained).
+    """
+
+    url: str
+    """Where it is, for messages; holds no credentials."""
+    request_threads: int
+    """How many requests are worth having under way at a time."""
+
+    @abc.abstractmethod
+    def create(self, key: str, content: Bytes) -> bool:
+        """Put `content` at `key` if nothing is there, durably. True: it is ours. False: the key existed, untouched.
+
+        Exactly one of many concurrent creates of one key returns True, and a reader never sees a part of it.
+        """
+
+    @abc.abstractmethod
+    def put(self, key: str, content: Bytes) -> None:
+        """Put `content` at `key`, replacing what is there as a whole. Its name is durable only after `sync`."""
+
+    @abc.abstractmethod
+    def get(self, key: str) -> bytes | None:
+        """The whole content at `key`, or None if there is no such object (never for a missing bucket: an error)."""
+
+    @abc.abstractmethod
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        """Every object whose key starts with `prefix` (any string, also half a name), at any depth, sorted by key."""
+
+    @abc.abstractmethod
+    def children(self, prefix: str) -> list[str]:
+        """The names directly below `prefix` (which ends in `/` or is empty) that have keys below them, sorted."""
+
+    @abc.abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove `key`; that it is not there is fine."""
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """Return when the objects at `keys`, put before or by others, survive a power loss. Default: they do already."""

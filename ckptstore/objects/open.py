@@ -1,0 +1,100 @@
+"""From what a user gives as a store's place to its backend; and a trial of what a backend promises.
+
+Opening does no I/O; only `self_test` makes requests.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptstore.errors import InvalidInputError, UnavailableError
+from ckptstore.objects.base import Objects
+
+__all__ = ["open_objects", "self_test"]
+
+
+def open_objects(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Objects:
+    """Choose the backend for a path or URL. Nothing is read, made or asked for yet."""
+    place = os.fspath(url)
+    if not place:
+        raise InvalidInputError(f"{url!r} is no place for a store. Give a path or a URL such as s3://bucket/prefix.")
+    protocol, separator, path = place.partition("://")
+    if not separator:
+        return _local(place)
+    if protocol in ("file", "local"):
+        return _local(path)
+    if protocol == "memory":
+        from ckptstore.objects.memory import MemoryObjects
+
+        return MemoryObjects(place)
+    from ckptstore.objects.remote import FsspecObjects, S3Objects, is_s3
+
+    return (S3Objects if is_s3(place) else FsspecObjects)(place, storage_options)
+
+
+def _local(path: str) -> Objects:
+    from ckptstore.objects.local import LocalObjects
+
+    if not path:
+        raise InvalidInputError("file:// names no folder. Give it as file:///folder, or as a plain path.")
+    return LocalObjects(Path(path).expanduser())
+
+
+def self_test(objects: Objects) -> None:
+    """Try on a scratch key what the protocol needs of a backend; UnavailableError names the promise it breaks."""
+    key = f"scratch/{uuid.uuid4().hex}"
+    try:
+        _try_promises(objects, key)
+    except BaseException:
+        with contextlib.suppress(UnavailableError):
+            objects.delete(key)  # the first failure tells more than this one could
+        raise
+
+
+def _try_promises(objects: Objects, key: str) -> None:
+    first, second = b"first", b"second, and longer"
+    if not objects.create(key, first):
+        _lacks(objects, "create says that a new key exists", "no save could ever commit")
+    if objects.create(key, second):
+        _lacks(
+            objects,
+            "a second create of one key succeeds (it ignores If-None-Match, or lacks an exclusive put)",
+            "two jobs could overwrite each other's checkpoints, and a collector could not stop a dead save",
+        )
+    found = objects.get(key)
+    if found is None:
+        _lacks(objects, "get does not see a key that was just created", "a restore could miss the newest checkpoint")
+    if found != first:
+        _lacks(
+            objects,
+            "a refused create changed the object, or get gives other bytes than were put",
+            "checkpoints could be overwritten or come back corrupt",
+        )
+    _try_listing(objects, key, len(first))
+    objects.delete(key)
+    if objects.get(key) is not None:
+        _lacks(
+            objects, "get still sees a key that was just deleted", "reads may be stale, so garbage is not safe to judge"
+        )
+
+
+def _try_listing(objects: Objects, key: str, size: int) -> None:
+    rows = [row for row in objects.list(key[:-1]) if row.key == key]
+    if not rows:
+        _lacks(
+            objects,
+            "list does not show a key that was just created",
+            "a collector could delete chunks of checkpoints that it does not see",
+        )
+    if rows[0].size != size:
+        _lacks(objects, f"list gives {rows[0].size} bytes for an object of {size}", "sizes could not be trusted")
+
+
+def _lacks(objects: Objects, promise: str, meaning: str) -> None:
+    raise UnavailableError(
+        f"{objects.url} cannot hold a store that is shared: {promise}. It means that {meaning}. Use a backend with "
+        f"exclusive create and consistent listings (AWS S3, or a look-alike and proxy that pass If-None-Match on)."
+    )

@@ -1,0 +1,241 @@
+"""The tree of a checkpoint as it stands in the manifest: JSON values, with tagged objects for what JSON lacks.
+
+    null, true, "text", 12, 0.5          None, bool, str, int (below 2**53), float (finite)
+    [ ... ]                              list
+    { "name": ... }                      dict whose keys are all str and do not begin with "$"; order counts
+    {"$": "<tag>", ... }                 everything else: TAGS says what each holds
+
+This module walks and describes such trees without torch, so that the command line can show a checkpoint fast.
+`tree.py` turns them into Python objects. Nothing else gives meaning to a tag.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+
+from ckptstore.errors import CorruptError, NotFoundError
+
+TAG = "$"
+TENSOR_TAGS = frozenset({"tensor", "ndarray", "blob"})
+"""Leaves whose bytes are in chunks: torch tensors, NumPy arrays, and bytes objects too long for a manifest."""
+MAPPING_TAGS = frozenset({"dict", "ordered_dict", "defaultdict", "counter"})
+SEQUENCE_TAGS = frozenset({"tuple", "set", "frozenset", "deque"})
+VALUE_TAGS = frozenset({"int", "float", "complex", "str", "bytes", "scalar", "size", "dtype", "device"})
+MAX_DEPTH = 100
+"""Of containers within containers."""
+
+ITEM_SIZES: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 2,
+    "uint32": 4,
+    "int32": 4,
+    "uint64": 8,
+    "int64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+}
+"""Name of a torch dtype -> bytes an element. These are the dtypes that a checkpoint can hold."""
+
+
+_NUMPY_DTYPE = re.compile(r"(?:\|b|\|[iu])(1)|[<>](?:[iu]([248])|f([248])|c(8|16)|[Mm](8)(?:\[\w+\])?)|\|S(\d{1,9})")
+_NUMPY_TEXT = re.compile(r"[<>]U(\d{1,9})")
+
+
+def numpy_item_bytes(dtype: str) -> int | None:
+    """Bytes an element of NumPy's type string `dtype`, or None for one that a checkpoint cannot hold."""
+    if match := _NUMPY_TEXT.fullmatch(dtype):
+        return 4 * int(match[1])
+    match = _NUMPY_DTYPE.fullmatch(dtype)
+    return int(match[match.lastindex or 0]) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNode:
+    """A tensor (or, if `numpy`, an array; if `raw`, a long bytes object) of the tree: where and how its bytes lie.
+
+    dtype: torch's name ("bfloat16") or NumPy's type string ("<f4"). offset: bytes from the segment's start.
+    stride: elements, for each dimension; None is contiguous (row-major).
+    """
+
+    tag: str
+    dtype: str
+    shape: tuple[int, ...]
+    segment: int
+    offset: int = 0
+    stride: tuple[int, ...] | None = None
+    requires_grad: bool = False
+    parameter: bool = False
+
+    @property
+    def item_bytes(self) -> int:
+        size = ITEM_SIZES.get(self.dtype) if self.tag == "tensor" else numpy_item_bytes(self.dtype)
+        return size or 0
+
+    @property
+    def logical_bytes(self) -> int:
+        """What the tensor takes if nothing is shared: elements times element size."""
+        return math.prod(self.shape) * self.item_bytes
+
+    @property
+    def span_bytes(self) -> int:
+        """From the first to the end of the last byte that the tensor touches in its segment."""
+        if 0 in self.shape:
+            return 0
+        stride = self.stride if self.stride is not None else contiguous_stride(self.shape)
+        return (1 + sum((size - 1) * step for size, step in zip(self.shape, stride, strict=True))) * self.item_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        node: dict[str, Any] = {TAG: self.tag, "dtype": self.dtype, "shape": list(self.shape), "segment": self.segment}
+        if self.offset:
+            node["offset"] = self.offset
+        if self.stride is not None:
+            node["stride"] = list(self.stride)
+        if self.requires_grad:
+            node["requires_grad"] = True
+        if self.parameter:
+            node["parameter"] = True
+        return node
+
+    @classmethod
+    def from_json(cls, node: dict[str, Any], path: str, segment_bytes: Sequence[int]) -> "TensorNode":
+        """Raises CorruptError, naming `path`, unless every number fits the segment it refers to."""
+        try:
+            parsed = msgspec.convert({key: value for key, value in node.items() if key != TAG}, _TensorFields)
+        except msgspec.ValidationError as error:
+            raise CorruptError(f"{path} is described in a way that makes no sense ({error})") from error
+        stride = None if parsed.stride is None else tuple(parsed.stride)
+        found = cls(
+            tag=node[TAG],
+            dtype=parsed.dtype,
+            shape=tuple(parsed.shape),
+            segment=parsed.segment,
+            offset=parsed.offset,
+            stride=stride,
+            requires_grad=parsed.requires_grad,
+            parameter=parsed.parameter,
+        )
+        fits = (
+            found.item_bytes > 0
+            and (stride is None or len(stride) == len(found.shape))
+            and found.segment < len(segment_bytes)
+            and found.offset + found.span_bytes <= segment_bytes[found.segment]
+        )
+        if not fits:
+            raise CorruptError(f"{path} is described as {found}, which does not fit the bytes it refers to")
+        return found
+
+
+class _TensorFields(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: str
+    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=2**48)]], msgspec.Meta(max_length=64)]
+    segment: Annotated[int, msgspec.Meta(ge=0)]
+    offset: Annotated[int, msgspec.Meta(ge=0)] = 0
+    stride: list[Annotated[int, msgspec.Meta(ge=0, le=2**48)]] | None = None
+    requires_grad: bool = False
+    parameter: bool = False
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The stride, in elements, of a row-major tensor of `shape`."""
+    stride = [1] * len(shape)
+    for index in range(len(shape) - 1, 0, -1):
+        stride[index - 1] = stride[index] * max(shape[index], 1)
+    return tuple(stride)
+
+
+def is_tensor(node: Any) -> bool:
+    """True for a node whose bytes are in chunks."""
+    return isinstance(node, dict) and node.get(TAG) in TENSOR_TAGS
+
+
+def join(path: str, key: Any) -> str:
+    """The path of what stands under `key` (a Python key, or an index) of the container at `path`."""
+    if isinstance(key, str):
+        return f"{path}.{key}" if path else key
+    return f"{path}[{key!r}]"
+
+
+def children(node: Any, path: str) -> list[tuple[str, Any]]:
+    """Path and node of each member of a container node; empty for a leaf. Raises CorruptError."""
+    if isinstance(node, list):
+        return [(join(path, index), child) for index, child in enumerate(node)]
+    if not isinstance(node, dict) or is_tensor(node):
+        return []
+    if TAG not in node:
+        return [(join(path, key), child) for key, child in node.items()]
+    tag = node[TAG]
+    if tag == "registered":
+        return [(path, node.get("tree"))]
+    items = node.get("items", [])
+    try:
+        if tag in MAPPING_TAGS:
+            return [(join(path, simple_key(key)), child) for key, child in items]
+        if tag in SEQUENCE_TAGS:
+            return [(join(path, index), child) for index, child in enumerate(items)]
+    except (TypeError, ValueError) as error:
+        raise CorruptError(f"{path or 'the tree'}: a {tag} is written in a way that makes no sense") from error
+    return []
+
+
+def simple_key(node: Any) -> Any:
+    """A dict's key for use in a path: the key itself where JSON holds it, else its JSON."""
+    return repr(node) if isinstance(node, dict | list) else node
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and node of every leaf, in order. An empty container is a leaf."""
+    stack = [(path, node, 0)]
+    while stack:
+        here, current, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise CorruptError(f"{here} is nested deeper than {MAX_DEPTH} containers")
+        below = children(current, here)
+        if below:
+            stack.extend((name, child, depth + 1) for name, child in reversed(below))
+        else:
+            yield here, current
+
+
+def tensors(tree: Any, segment_bytes: Sequence[int]) -> Iterator[tuple[str, TensorNode]]:
+    """Path and description of every tensor, array and long bytes object of the tree, checked. Raises CorruptError."""
+    for path, node in leaves(tree):
+        if is_tensor(node):
+            yield path, TensorNode.from_json(node, path, segment_bytes)
+
+
+def find(tree: Any, wanted: str) -> Any:
+    """The node at the path `wanted`, such as "model" or "optimizer.param_groups[0]".
+
+    Raises NotFoundError that lists what stands at the place where the path leaves the tree.
+    """
+    here, node = "", tree
+    while here != wanted:
+        below = children(node, here)
+        inside = [(path, child) for path, child in below if _is_within(wanted, path)]
+        if not inside:
+            near = ", ".join(path for path, _ in below[:12]) or "nothing"
+            raise NotFoundError(f"there is no {wanted!r} in the checkpoint; under {here or 'its root'!r} stand: {near}")
+        here, node = max(inside, key=lambda found: len(found[0]))
+    return node
+
+
+def _is_within(wanted: str, path: str) -> bool:
+    return wanted == path or (wanted.startswith(path) and wanted[len(path)] in ".[")
