@@ -1,0 +1,369 @@
+"""LocalObjects: which system calls it makes, what a failing one leaves behind, and what it tells the user."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckptstore.errors import InvalidInputError, UnavailableError
+from ckptstore.objects.local import LocalObjects
+from ckptstore.objects.open import open_objects
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "above" / "store"
+
+
+@pytest.fixture
+def objects(root: Path) -> LocalObjects:
+    return LocalObjects(root)
+
+
+@pytest.fixture
+def fsynced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that were fsynced, in order; temporary files as '.tmp-'."""
+    paths: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        paths.append(".tmp-" if ".tmp-" in path else path)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    return paths
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def leftovers(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+def test_constructing_touches_nothing(objects: LocalObjects, root: Path) -> None:
+    assert objects.get("a/b") is None
+    assert objects.list("") == []
+    assert not root.parent.exists()
+
+
+def test_files_and_folders_are_the_users_alone(objects: LocalObjects, root: Path) -> None:
+    old = os.umask(0)
+    try:
+        objects.put("a/b/put", b"x")
+        objects.create("a/b/created", b"x")
+    finally:
+        os.umask(old)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [root.parent, root, *root.rglob("*")]}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}
+
+
+def test_the_umask_takes_more_away(objects: LocalObjects, root: Path) -> None:
+    old = os.umask(0o277)
+    try:
+        root.mkdir(parents=True, mode=0o700)
+        objects.put("key", b"x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((root / "key").stat().st_mode) == 0o400
+
+
+def test_create_fsyncs_the_file_and_every_folder_up_to_the_one_that_was_there(
+    objects: LocalObjects, root: Path, fsynced: list[str]
+) -> None:
+    objects.create("runs/a/1.json", b"x")
+    assert fsynced[0] == ".tmp-"
+    above = [root / "runs/a", root / "runs", root, root.parent, root.parent.parent]
+    assert sorted(fsynced[1:]) == sorted(str(path) for path in above)
+
+
+def test_a_later_create_fsyncs_the_file_and_its_folder_only(
+    objects: LocalObjects, root: Path, fsynced: list[str]
+) -> None:
+    objects.create("runs/a/1.json", b"x")
+    fsynced.clear()
+    objects.create("runs/a/2.json", b"x")
+    assert fsynced == [".tmp-", str(root / "runs/a")]
+
+
+def test_create_anchors_folders_that_another_process_made(root: Path, fsynced: list[str]) -> None:
+    (root / "runs/a").mkdir(parents=True)
+    LocalObjects(root).create("runs/a/1.json", b"x")
+    assert {str(root), str(root / "runs"), str(root / "runs/a")} <= set(fsynced)
+
+
+def test_a_lost_create_fsyncs_no_folder(objects: LocalObjects, fsynced: list[str]) -> None:
+    objects.create("key", b"x")
+    fsynced.clear()
+    assert objects.create("key", b"y") is False
+    assert fsynced == [".tmp-"]
+
+
+def test_put_fsyncs_the_file_and_leaves_the_folders_to_sync(objects: LocalObjects, fsynced: list[str]) -> None:
+    objects.put("chunks/ab/1", b"x")
+    assert fsynced == [".tmp-"]
+
+
+def test_sync_fsyncs_each_folder_once_the_deepest_first(objects: LocalObjects, root: Path, fsynced: list[str]) -> None:
+    keys = ["chunks/ab/1", "chunks/ab/2", "chunks/ac/1", "top"]
+    for key in keys:
+        objects.put(key, b"x")
+    fsynced.clear()
+    objects.sync(keys)
+    folders = ["chunks/ab", "chunks/ac", "chunks"]
+    assert sorted(fsynced) == sorted([*(str(root / name) for name in folders), str(root), *map(str, root.parents[:2])])
+    assert [path.count("/") for path in fsynced] == sorted((path.count("/") for path in fsynced), reverse=True)
+
+
+def test_sync_leaves_the_folder_above_alone_if_the_root_was_there(root: Path, fsynced: list[str]) -> None:
+    root.mkdir(parents=True)
+    objects = LocalObjects(root)
+    objects.put("key", b"x")
+    fsynced.clear()
+    objects.sync(["key"])
+    assert fsynced == [str(root)]
+
+
+def test_sync_of_a_folder_that_is_gone_is_an_error(objects: LocalObjects) -> None:
+    objects.put("a/key", b"x")
+    with pytest.raises(UnavailableError, match=r"cannot sync .*/b: No such file"):
+        objects.sync(["b/key"])
+
+
+def test_a_file_system_that_cannot_fsync_folders_is_fine(
+    objects: LocalObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects.put("key", b"x")
+    monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))
+    objects.sync(["key"])
+
+
+@pytest.mark.parametrize("method", ["create", "put"])
+@pytest.mark.parametrize(
+    ("call", "number", "text"),
+    [
+        ("write", errno.ENOSPC, "No space left on device. The disk is full"),
+        ("write", errno.EDQUOT, "quota"),
+        ("fsync", errno.EIO, "Input/output error. The disk or its connection fails"),
+        ("open", errno.EACCES, "Permission denied. Check who owns"),
+        ("open", errno.EROFS, "mounted read-only"),
+    ],
+)
+def test_a_failed_write_says_why_and_leaves_nothing(
+    objects: LocalObjects,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    call: str,
+    number: int,
+    text: str,
+) -> None:
+    root.mkdir(parents=True)
+    monkeypatch.setattr(os, call, failing(number))
+    with pytest.raises(UnavailableError, match=text) as caught:
+        getattr(objects, method)("key", b"content")
+    monkeypatch.undo()
+    assert str(root / "key") in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert leftovers(root) == []
+
+
+@pytest.mark.parametrize("interrupted", ["write", "link"])
+def test_an_interrupt_leaves_no_temporary_file(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, interrupted, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        objects.create("key", b"content")
+    monkeypatch.undo()
+    assert leftovers(root) == []
+
+
+def test_a_failed_rename_leaves_no_temporary_file(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "replace", failing(errno.EIO))
+    with pytest.raises(UnavailableError):
+        objects.put("key", b"content")
+    assert leftovers(root) == []
+
+
+def test_short_writes_are_gone_on_with(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:3]))
+    objects.put("key", memoryview(b"0123456789").cast("H"))
+    assert objects.get("key") == b"0123456789"
+
+
+def test_a_write_that_takes_nothing_is_an_error(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "write", lambda descriptor, content: 0)
+    with pytest.raises(UnavailableError, match=r"accepts no more bytes"):
+        objects.put("key", b"content")
+
+
+def test_short_reads_are_gone_on_with(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects.put("key", b"0123456789")
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 3)))
+    assert objects.get("key") == b"0123456789"
+
+
+def test_a_link_that_was_made_though_its_reply_denies_it_is_ours(
+    objects: LocalObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def lie(source: str, target: str) -> None:
+        link(source, target)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(os, "link", lie)
+    assert objects.create("key", b"ours") is True
+    assert objects.get("key") == b"ours"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_is_told_as_such(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "link", failing(number))
+    with pytest.raises(UnavailableError, match=r"lacks hard links, which an exclusive create needs"):
+        objects.create("key", b"x")
+    assert leftovers(root) == []
+
+
+def test_a_killed_process_leaves_only_what_no_listing_shows(objects: LocalObjects, root: Path) -> None:
+    objects.put("runs/a/1", b"x")
+    (root / "runs/a/.tmp-0123").write_bytes(b"half")
+    (root / "runs/b").mkdir()
+    (root / "runs/b/.tmp-4567").write_bytes(b"half")
+    assert [row.key for row in objects.list("")] == ["runs/a/1"]
+    assert objects.list("runs/a/.tmp-") == []
+    assert objects.children("runs/") == ["a"]
+
+
+def test_files_and_folders_that_vanish_during_a_listing_are_left_out(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ["a/1", "b/1", "c"]:
+        objects.put(key, b"x")
+    entries = objects._entries
+
+    def vanish(folder: str) -> "list[os.DirEntry[str]]":
+        found = entries(folder)
+        if not folder:
+            (root / "c").unlink()
+            (root / "b/1").unlink()
+            (root / "b").rmdir()
+        return found
+
+    monkeypatch.setattr(objects, "_entries", vanish)
+    assert [row.key for row in objects.list("")] == ["a/1"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_an_unreadable_file_is_not_an_absent_one(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    objects.put("key", b"x")
+    monkeypatch.setattr(os, "open", failing(number))
+    with pytest.raises(UnavailableError, match=f"cannot read {root}/key: {os.strerror(number)}"):
+        objects.get("key")
+
+
+def test_an_unreadable_folder_is_not_an_empty_one(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects.put("a/key", b"x")
+    monkeypatch.setattr(os, "scandir", failing(errno.EACCES))
+    for ask in (objects.list, objects.children):
+        with pytest.raises(UnavailableError, match=r"cannot list .*: Permission denied"):
+            ask("a/")
+
+
+@pytest.mark.parametrize("below", ["", "store"])
+def test_a_root_that_is_a_file_or_below_one_is_an_error(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    objects = LocalObjects(tmp_path / "file" / below)
+    calls: list[Callable[[], object]] = [
+        lambda: objects.get("key"),
+        lambda: objects.list(""),
+        lambda: objects.list("a/b"),
+        lambda: objects.children(""),
+        lambda: objects.delete("key"),
+        lambda: objects.put("key", b"x"),
+        lambda: objects.create("a/key", b"x"),
+    ]
+    for call in calls:
+        with pytest.raises(UnavailableError, match=r"file is a file, but a store is a folder"):
+            call()
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a//b", "a/", "../a", "a/../b", "a/..", "./a", "a/.tmp-1"])
+def test_keys_that_lead_elsewhere_are_refused(objects: LocalObjects, key: str) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: objects.get(key),
+        lambda: objects.put(key, b""),
+        lambda: objects.create(key, b""),
+        lambda: objects.delete(key),
+        lambda: objects.sync([key]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"is not a key"):
+            call()
+
+
+@pytest.mark.parametrize("prefix", ["/", "/a", "../", "a/../b"])
+def test_prefixes_that_lead_elsewhere_are_refused(objects: LocalObjects, prefix: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a prefix"):
+        objects.list(prefix)
+
+
+def test_get_takes_one_open_one_fstat_and_one_read(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects.put("key", b"x" * 100_000)
+    calls: list[str] = []
+
+    def recording(name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def record(*args: object) -> object:
+            calls.append(name)
+            return real(*args)
+
+        return record
+
+    for name in ["open", "fstat", "read", "stat", "lstat"]:
+        monkeypatch.setattr(os, name, recording(name, getattr(os, name)))
+    objects.get("key")
+    assert calls == ["open", "fstat", "read"]
+
+
+@pytest.mark.parametrize("place", ["{}", "file://{}", "local://{}", "{}/", "{}/x/.."])
+def test_paths_and_file_urls_open_the_same_folder(tmp_path: Path, place: str) -> None:
+    objects = open_objects(place.format(tmp_path))
+    assert isinstance(objects, LocalObjects)
+    assert objects.url == str(tmp_path)
+
+
+def test_a_relative_path_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_objects("./ckpts").url == str(tmp_path / "ckpts")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_objects("~/ckpts").url == str(tmp_path / "ckpts")
+
+
+@pytest.mark.parametrize("place", ["", "file://"])
+def test_no_place_at_all_is_refused(place: str) -> None:
+    with pytest.raises(InvalidInputError):
+        open_objects(place)
