@@ -17,9 +17,9 @@ MAGIC = b"\x89CKPTCH\n"
 CHUNK_VERSION = 1
 FILTER_PLANES = 1
 
-_HEADER = struct.Struct("<8sBBBB4xQ16s")
+_HEADER = struct.Struct("<8sBBBB4sQ16s")
 """magic, version, filter, element size, number of planes, 4 zero bytes, raw length, checksum."""
-_PLANE = struct.Struct("<B7xQ")
+_PLANE = struct.Struct("<B7sQ")
 """mode, 7 zero bytes, stored length."""
 _NO_CHECKSUM = bytes(16)
 _CHECKSUM_AT = _HEADER.size - len(_NO_CHECKSUM)
@@ -27,15 +27,16 @@ _CHECKSUM_AT = _HEADER.size - len(_NO_CHECKSUM)
 
 def digest(raw: ByteArray | bytes) -> str:
     """The name of a chunk: BLAKE3-256 of its raw bytes, in hex."""
-    return blake3.blake3(raw).hexdigest()
+    return blake3.blake3(raw if isinstance(raw, bytes) else raw.data).hexdigest()
 
 
 def encode(raw: ByteArray, element_size: int) -> ByteArray:
     """The chunk object of `raw` (contiguous, 1 byte to 1 GiB), whose elements are `element_size` bytes wide."""
+    assert 0 < len(raw) <= MAX_CHUNK_BYTES
     if element_size not in PLANE_WIDTHS or len(raw) % element_size:
         element_size = 1
     planes = encode_planes(raw, element_size)
-    table = b"".join(_PLANE.pack(plane.mode, len(plane.stored)) for plane in planes)
+    table = b"".join(_PLANE.pack(plane.mode, bytes(7), len(plane.stored)) for plane in planes)
     checksum = _checksum(_header(element_size, len(planes), len(raw), _NO_CHECKSUM) + table, planes)
     header = np.frombuffer(_header(element_size, len(planes), len(raw), checksum) + table, np.uint8)
     return np.concatenate([header, *(plane.stored for plane in planes)])
@@ -62,7 +63,7 @@ def raw_length(content: bytes) -> int:
 
 
 def _header(element_size: int, planes: int, raw_bytes: int, checksum: bytes) -> bytes:
-    return _HEADER.pack(MAGIC, CHUNK_VERSION, FILTER_PLANES, element_size, planes, raw_bytes, checksum)
+    return _HEADER.pack(MAGIC, CHUNK_VERSION, FILTER_PLANES, element_size, planes, bytes(4), raw_bytes, checksum)
 
 
 def _checksum(header: bytes, planes: list[Plane]) -> bytes:
@@ -70,7 +71,7 @@ def _checksum(header: bytes, planes: list[Plane]) -> bytes:
     hasher = blake3.blake3(header)
     for plane in planes:
         if plane.mode is Mode.ZSTD:
-            hasher.update(plane.stored)
+            hasher.update(plane.stored.data)
     return hasher.digest(16)
 
 
@@ -79,10 +80,12 @@ def _parse(content: bytes) -> tuple[int, int, list[Plane]]:
         raise CorruptError("it does not begin as a chunk does")
     if len(content) < _HEADER.size:
         raise CorruptError(f"it is cut off after {len(content)} bytes")
-    _, version, filter_, element_size, plane_count, raw_bytes, checksum = _HEADER.unpack_from(content)
+    _, version, filter_, element_size, plane_count, reserved, raw_bytes, checksum = _HEADER.unpack_from(content)
     # `chunks/` holds version 1 alone for ever (a later version gets a prefix of its own), so another one is damage.
     if (version, filter_) != (CHUNK_VERSION, FILTER_PLANES):
         raise CorruptError(f"its header says version {version}, filter {filter_}: chunks have 1 and 1")
+    if any(reserved):
+        raise CorruptError("its header uses bytes that are zero in version 1")
     if not plane_count or plane_count != len(PLANE_WIDTHS.get(element_size, ())):
         raise CorruptError(f"its header says {plane_count} planes for elements of {element_size} bytes")
     if not 0 < raw_bytes <= MAX_CHUNK_BYTES or raw_bytes % element_size:
@@ -102,8 +105,8 @@ def _planes(content: bytes, count: int) -> tuple[list[Plane], int]:
     planes = []
     everything = np.frombuffer(content, np.uint8)
     for index in range(count):
-        mode, stored_bytes = _PLANE.unpack_from(content, _HEADER.size + index * _PLANE.size)
-        if mode > max(Mode) or stored_bytes > len(content) - position:
+        mode, reserved, stored_bytes = _PLANE.unpack_from(content, _HEADER.size + index * _PLANE.size)
+        if mode > max(Mode) or any(reserved) or stored_bytes > len(content) - position:
             raise CorruptError("its header names planes that are not in it")
         planes.append(Plane(Mode(mode), everything[position : position + stored_bytes]))
         position += stored_bytes

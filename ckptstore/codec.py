@@ -77,12 +77,10 @@ def encode_planes(raw: ByteArray, element_size: int) -> list[Plane]:
 def decode_planes(planes: list[Plane], element_size: int, out: ByteArray) -> None:
     """Write the raw bytes of `planes` into `out`, whose length says how many. Raises CorruptError.
 
-    Allocates no more than `out` holds, whatever the planes claim.
+    Allocates no more than `out` holds (and blocks of a fixed size), whatever the planes claim.
     """
     count = len(out) // element_size
-    decoded = [
-        _decode(plane, count * width) for plane, width in zip(planes, PLANE_WIDTHS[element_size], strict=True)
-    ]
+    decoded = [_decode(plane, count * width) for plane, width in zip(planes, PLANE_WIDTHS[element_size], strict=True)]
     merge(decoded, element_size, out)
 
 
@@ -100,11 +98,11 @@ def _sample(raw: ByteArray, element_size: int) -> list[ByteArray]:
 def _encode(plane: ByteArray, sample: ByteArray) -> Plane:
     if not sample.any() and not plane.any():
         return Plane(Mode.ZERO, plane[:0])
-    sizes = [len(compressor.compress(sample)) for compressor in _zstd.compressors]
+    sizes = [len(compressor.compress(sample.data)) for compressor in _zstd.compressors]
     best = min(sizes)
     if best > _PAYS * len(sample):
         return Plane(Mode.RAW, plane)
-    stored = _zstd.compressors[sizes.index(best)].compress(plane)
+    stored = _zstd.compressors[sizes.index(best)].compress(plane.data)
     if len(stored) > _PAYS * len(plane):
         return Plane(Mode.RAW, plane)
     return Plane(Mode.ZSTD, np.frombuffer(stored, np.uint8))
@@ -112,15 +110,17 @@ def _encode(plane: ByteArray, sample: ByteArray) -> Plane:
 
 def _decode(plane: Plane, length: int) -> ByteArray:
     if plane.mode is Mode.ZERO:
+        if len(plane.stored):
+            raise CorruptError(f"a plane of zeros has {len(plane.stored)} bytes")
         return np.zeros(length, np.uint8)
     if plane.mode is Mode.RAW:
         if len(plane.stored) != length:
             raise CorruptError(f"a raw plane has {len(plane.stored)} bytes in place of {length}")
         return plane.stored
     try:
-        if zstandard.get_frame_parameters(plane.stored).content_size != length:
+        if zstandard.get_frame_parameters(plane.stored.data).content_size != length:
             raise CorruptError(f"a compressed plane does not hold {length} bytes")
-        content = _zstd.decompressor.decompress(plane.stored, max_output_size=length, allow_extra_data=False)
+        content = _zstd.decompressor.decompress(plane.stored.data, max_output_size=length, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptError(f"a compressed plane cannot be read: {error}") from error
     if len(content) != length:

@@ -6,6 +6,7 @@ Each text says what happened, where (run, step, tensor path, key) and what to do
 
 __all__ = [
     "CheckpointError",
+    "CheckpointWarning",
     "ConflictError",
     "CorruptError",
     "FencedError",
@@ -34,7 +35,13 @@ class ConflictError(CheckpointError):
 
 
 class CorruptError(CheckpointError):
-    """Stored bytes are not the bytes that were saved (or were cut, or are not ours)."""
+    """Stored bytes are not the bytes that were saved (or were cut, or are not ours).
+
+    Attributes:
+        key: the key of the damaged object, where it is a chunk; else None.
+    """
+
+    key: str | None = None
 
 
 class MissingChunkError(CorruptError):
@@ -51,3 +58,7 @@ class FencedError(CheckpointError):
 
 class UnavailableError(CheckpointError):
     """The backend refused or failed a request, after its own retries; the cause is attached."""
+
+
+class CheckpointWarning(UserWarning):
+    """Something is wrong with the store that did not keep the call from doing its work."""

@@ -1,8 +1,10 @@
 """The names and numbers of the format: version, sizes, keys. Pure; docs/format.md is the same in prose.
 
-Keys are made and parsed here and nowhere else, always from checked parts: no key is ever taken as a path from an object.
+Keys are made and parsed here and nowhere else, always from checked parts: no object's text is ever taken
+as a path.
 """
 
+import operator
 import re
 import secrets
 from dataclasses import dataclass
@@ -29,7 +31,8 @@ CONDEMNED = "condemned/"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SAVE_ID = re.compile(r"[0-9a-f]{32}")
-_RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=,-]{0,127}")
+RUN_NAME = r"[A-Za-z0-9_][A-Za-z0-9._+=,-]{0,127}"
+_RUN_NAME = re.compile(RUN_NAME)
 _CHUNK_KEY = re.compile(r"chunks/([0-9a-f]{2})/([0-9a-f]{64})\.([0-9a-f]{32})")
 _MANIFEST_KEY = re.compile(r"runs/([^/]+)/([0-9]{20})\.([0-9a-f]{32})\.json")
 
@@ -64,9 +67,13 @@ def check_run_name(name: object) -> str:
 
 def check_step(step: object) -> int:
     """Return `step` as an int, or raise InvalidInputError. A bool, a float or a negative number is no step."""
-    if isinstance(step, bool) or not hasattr(step, "__index__"):
-        raise InvalidInputError(f"step must be a whole number, not {step!r} of type {type(step).__name__}.")
-    number = int(step.__index__())
+    try:
+        # NumPy's integers and 0-d integer tensors are steps too; arrays, float and bool tensors are not.
+        if isinstance(step, bool) or str(getattr(step, "dtype", "")).endswith("bool"):
+            raise TypeError
+        number = operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidInputError(f"step must be a whole number, not {step!r} of type {type(step).__name__}.") from None
     if not 0 <= number <= MAX_STEP:
         raise InvalidInputError(f"step must lie between 0 and 2**63-1, not {number}.")
     return number

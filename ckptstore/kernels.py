@@ -6,6 +6,8 @@ cost time for nothing. Wide integer casts and shifts are what NumPy vectorises (
 merge, against 4 and 4 for strided byte copies; docs/decisions/0003-halving-planes.md).
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +17,7 @@ ByteArray = NDArray[np.uint8]
 PLANE_WIDTHS: dict[int, tuple[int, ...]] = {1: (1,), 2: (1, 1), 4: (2, 1, 1), 8: (4, 2, 1, 1)}
 """Element size in bytes -> width in bytes of each plane, lowest bytes first."""
 
-_UINT = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_UINT: dict[int, np.dtype[Any]] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 _BLOCK = 32768
 """Elements worked on at a time: the temporaries stay in the L1 and L2 caches."""
 

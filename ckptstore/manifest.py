@@ -4,7 +4,7 @@ Structs <-> sealed bytes, with every bound checked on the way in: what `decode_â
 well-formed, whoever wrote it. Knows nothing of tensors' values and nothing of storage.
 """
 
-import re
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 import blake3
@@ -17,28 +17,42 @@ from ckptstore.format import (
     MAX_CHUNK_BYTES,
     MAX_STEP,
     MIN_MANIFEST_BYTES,
+    RUN_NAME,
     ChunkKey,
     ManifestKey,
     chunk_key,
-    is_run_name,
+    condemned_key,
+    session_key,
 )
 from ckptstore.sealed import seal, unseal
 
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-SaveId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+# \Z and not $, which would let a line break at the end pass, into a key.
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+SaveId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+RunName = Annotated[str, Meta(pattern=rf"^{RUN_NAME}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
 ChunkLength = Annotated[int, Meta(ge=1, le=MAX_CHUNK_BYTES)]
 ElementSize = Literal[1, 2, 4, 8]
-Time = str
+Time = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+        r"T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?Z\Z"
+    ),
+]
 """UTC, ISO 8601 with microseconds and a Z: the writer's clock, for people; no decision rests on it."""
 T = TypeVar("T")
 
 
-class _Versioned(Struct):
-    """Just the version, of any object of any version."""
+class _Head(Struct):
+    """What every object of every version has: the version; and the state, of those that have one.
+
+    A later version may put anything into the state, so it is not looked at before the version is known.
+    """
 
     format: Annotated[int, Meta(ge=1)]
+    state: Any = None
 
 
 class Marker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -65,7 +79,7 @@ class Session(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     format: int = FORMAT_VERSION
     save: SaveId
-    run: str
+    run: RunName
     step: Step
     writer: Writer
     opened: Time
@@ -103,7 +117,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     format: int = FORMAT_VERSION
     state: Literal["committed"] = "committed"
-    run: str
+    run: RunName
     step: Step
     save: SaveId
     created: Time
@@ -130,7 +144,7 @@ class Ended(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     format: int = FORMAT_VERSION
     state: Literal["fenced", "deleted"]
-    run: str
+    run: RunName
     step: Step
     save: SaveId
     created: Time
@@ -162,15 +176,20 @@ def encode(value: Marker | Session | Manifest | Ended | Condemned) -> bytes:
 
 def decode_marker(content: bytes, key: str) -> Marker:
     """Raises CorruptError or UnsupportedFormatError, as all of these do."""
-    return _decode(content, key, Marker)
+    return _decode(_open(content, key)[1], key, Marker)
 
 
 def decode_session(content: bytes, key: str) -> Session:
-    return _decode(content, key, Session)
+    value = _decode(_open(content, key)[1], key, Session)
+    if session_key(value.save) != key:
+        raise CorruptError(f"{key} says that it is the session {value.save}")
+    return value
 
 
 def decode_condemned(content: bytes, key: str) -> Condemned:
-    value = _decode(content, key, Condemned)
+    value = _decode(_open(content, key)[1], key, Condemned)
+    if condemned_key(value.collection) != key:
+        raise CorruptError(f"{key} says that it is the condemned list {value.collection}")
     if not all(ChunkKey.parse(condemned) for condemned in value.keys):
         raise CorruptError(f"{key} names a key that is not a chunk's")
     return value
@@ -178,35 +197,63 @@ def decode_condemned(content: bytes, key: str) -> Condemned:
 
 def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
     """The manifest, fence or tombstone at `key`, each index and length in it checked."""
-    state = re.match(rb'\{"format":\d+,"state":"(\w+)"', content)
-    value = _decode(content, str(key), Manifest if state and state[1] == b"committed" else Ended)
-    if value.key != key or not is_run_name(value.run):
+    head, text = _open(content, str(key))
+    value: Manifest | Ended
+    if head.state == "committed":
+        value = _decode(text, str(key), Manifest)
+    else:
+        value = _decode(text, str(key), Ended)
+    if value.key != key:
         raise CorruptError(f"{key} says that it is the manifest {value.key}")
+    if isinstance(value, Manifest) != (len(content) >= MIN_MANIFEST_BYTES):
+        raise CorruptError(f"{key} is {value.state}, which {len(content)} bytes are not the length of")
     if isinstance(value, Manifest):
         _check_segments(value)
     return value
 
 
-def _decode(content: bytes, key: str, type_: type[T]) -> T:
+def _open(content: bytes, key: str) -> tuple[_Head, bytes]:
+    """The head and the text of an object whose seal is whole and whose version is known here."""
     text = unseal(content, key)
     try:
-        found = msgspec.json.decode(text, type=_Versioned).format
-        if found > FORMAT_VERSION:
-            raise UnsupportedFormatError(
-                f"{key} has format version {found}; this ckptstore reads up to {FORMAT_VERSION}. "
-                "Install a newer ckptstore to use this store."
-            )
-        return msgspec.json.decode(text, type=type_)
-    except (msgspec.DecodeError, RecursionError) as error:
+        head = msgspec.json.decode(text, type=_Head)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise CorruptError(f"{key} does not hold what its name says ({error})") from error
+    if head.format > FORMAT_VERSION:
+        raise UnsupportedFormatError(
+            f"{key} has format version {head.format}; this ckptstore reads up to {FORMAT_VERSION}. "
+            "Install a newer ckptstore to use this store."
+        )
+    return head, text
+
+
+def _decode(text: bytes, key: str, type_: type[T]) -> T:
+    try:
+        value = msgspec.json.decode(text, type=type_)
+        # A key that stands twice in a JSON object means one thing to this reader and another to the next. Looking for
+        # one is slow and only needed for text that is not what we would write for this value, which has none.
+        if msgspec.json.encode(value)[:-1] != text[:-1].rstrip(b" "):
+            json.loads(text, object_pairs_hook=_distinct)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:  # ValueError: text that is not UTF-8, too
+        raise CorruptError(f"{key} does not hold what its name says ({error})") from error
+    return value
+
+
+def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(members)
+    if len(found) != len(members):
+        raise ValueError(f"of the keys {[name for name, _ in members][:20]} one stands there twice")
+    return found
 
 
 def _check_segments(manifest: Manifest) -> None:
     """Each segment's chunks exist in the table and hold exactly its bytes."""
     lengths = [chunk.raw for chunk in manifest.chunks]
     for number, segment in enumerate(manifest.segments):
-        if any(index >= len(lengths) for index in segment.chunks) or segment.bytes % segment.element:
+        if any(index >= len(lengths) for index in segment.chunks):
             raise CorruptError(f"{manifest.key}: segment {number} refers to chunks that are not listed")
+        if segment.bytes % segment.element or (segment.offset or 0) % segment.element:
+            raise CorruptError(f"{manifest.key}: segment {number} is not made of {segment.element}-byte numbers")
         held = sum(lengths[index] for index in segment.chunks)
         if segment.offset is None:
             fits = held == segment.bytes

@@ -1,6 +1,6 @@
-"""Sealed JSON: a JSON object whose last member is the BLAKE3 of every byte before it, so that any change is seen.
+r"""Sealed JSON: a JSON object whose last member is the BLAKE3 of every byte before it, so that any change is seen.
 
-    {"format": 1, ... ,"digest":"<64 hex digits>"}\\n
+    {"format": 1, ... ,"digest":"<64 hex digits>"}\n
 
 The digest covers the bytes as they stand in the file, so a reader needs no canonical form of JSON to check it.
 Knows nothing of what the object says.

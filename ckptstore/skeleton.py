@@ -11,7 +11,7 @@ This module walks and describes such trees without torch, so that the command li
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ SEQUENCE_TAGS = frozenset({"tuple", "set", "frozenset", "deque"})
 VALUE_TAGS = frozenset({"int", "float", "complex", "str", "bytes", "scalar", "size", "dtype", "device"})
 MAX_DEPTH = 100
 """Of containers within containers."""
+MAX_TENSOR_BYTES = 2**62
 
 ITEM_SIZES: dict[str, int] = {
     "bool": 1,
@@ -55,8 +56,11 @@ ITEM_SIZES: dict[str, int] = {
 """Name of a torch dtype -> bytes an element. These are the dtypes that a checkpoint can hold."""
 
 
-_NUMPY_DTYPE = re.compile(r"(?:\|b|\|[iu])(1)|[<>](?:[iu]([248])|f([248])|c(8|16)|[Mm](8)(?:\[\w+\])?)|\|S(\d{1,9})")
-_NUMPY_TEXT = re.compile(r"[<>]U(\d{1,9})")
+_NUMPY_DTYPE = re.compile(
+    r"(?:\|b|\|[iu])(1)|[<>](?:[iu]([248])|f([248])|c(8|16)"
+    r"|[Mm](8)(?:\[(?:[1-9][0-9]{0,8})?(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)|\|S([0-9]{1,8})"
+)
+_NUMPY_TEXT = re.compile(r"[<>]U([0-9]{1,8})")
 
 
 def numpy_item_bytes(dtype: str) -> int | None:
@@ -135,12 +139,28 @@ class TensorNode:
         fits = (
             found.item_bytes > 0
             and (stride is None or len(stride) == len(found.shape))
+            and found._fits_in_memory
+            and found._suits_its_tag
             and found.segment < len(segment_bytes)
+            and found.offset % found.item_bytes == 0
             and found.offset + found.span_bytes <= segment_bytes[found.segment]
         )
         if not fits:
             raise CorruptError(f"{path} is described as {found}, which does not fit the bytes it refers to")
         return found
+
+    @property
+    def _fits_in_memory(self) -> bool:
+        """False for a shape whose bytes no machine can count, which a stride of 0 or a size of 0 would let through."""
+        return math.prod(max(size, 1) for size in self.shape) * self.item_bytes < MAX_TENSOR_BYTES
+
+    @property
+    def _suits_its_tag(self) -> bool:
+        if self.tag == "tensor":
+            # Whole numbers and bools have no gradient; torch would refuse to make such a tensor.
+            return not self.requires_grad or self.dtype.startswith(("float", "bfloat", "complex"))
+        plain = not self.requires_grad and not self.parameter and self.stride is None
+        return plain and (self.tag == "ndarray" or (self.dtype == "|u1" and len(self.shape) == 1))
 
 
 class _TensorFields(msgspec.Struct, forbid_unknown_fields=True):
@@ -163,7 +183,11 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 def is_tensor(node: Any) -> bool:
     """True for a node whose bytes are in chunks."""
-    return isinstance(node, dict) and node.get(TAG) in TENSOR_TAGS
+    if not isinstance(node, dict):
+        return False
+    tag = node.get(TAG)
+    # What a hostile tag is can be a list, which no set could be asked for.
+    return isinstance(tag, str) and tag in TENSOR_TAGS
 
 
 def join(path: str, key: Any) -> str:
@@ -181,33 +205,43 @@ def children(node: Any, path: str) -> list[tuple[str, Any]]:
         return []
     if TAG not in node:
         return [(join(path, key), child) for key, child in node.items()]
-    tag = node[TAG]
-    if tag == "registered":
-        return [(path, node.get("tree"))]
-    items = node.get("items", [])
-    try:
-        if tag in MAPPING_TAGS:
-            return [(join(path, simple_key(key)), child) for key, child in items]
-        if tag in SEQUENCE_TAGS:
+    tag, items = node[TAG], node.get("items")
+    if isinstance(tag, str):
+        if tag in VALUE_TAGS:
+            return []
+        if tag == "registered" and "tree" in node:
+            return [(path, node["tree"])]
+        if tag in SEQUENCE_TAGS and isinstance(items, list):
             return [(join(path, index), child) for index, child in enumerate(items)]
-    except (TypeError, ValueError) as error:
-        raise CorruptError(f"{path or 'the tree'}: a {tag} is written in a way that makes no sense") from error
-    return []
+        if tag in MAPPING_TAGS and isinstance(items, list) and all(map(_is_pair, items)):
+            return [(join(path, simple_key(key)), child) for key, child in items]
+    raise CorruptError(f"{path or 'the tree'}: what is tagged {tag!r} there is written in a way that makes no sense")
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2
 
 
 def simple_key(node: Any) -> Any:
-    """A dict's key for use in a path: the key itself where JSON holds it, else its JSON."""
+    """A dict's key for use in a path: the key itself where JSON holds it, else its node as text."""
     return repr(node) if isinstance(node, dict | list) else node
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and node of every leaf, in order. An empty container is a leaf."""
+    """Path and node of every leaf, in order. An empty container is a leaf.
+
+    What modules attach to their dicts (`metadata` of an ordered_dict) is left out: it says nothing to people.
+    """
+    return _leaves(node, path, children)
+
+
+def _leaves(node: Any, path: str, members: Callable[[Any, str], list[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:
     stack = [(path, node, 0)]
     while stack:
         here, current, depth = stack.pop()
         if depth > MAX_DEPTH:
             raise CorruptError(f"{here} is nested deeper than {MAX_DEPTH} containers")
-        below = children(current, here)
+        below = members(current, here)
         if below:
             stack.extend((name, child, depth + 1) for name, child in reversed(below))
         else:
@@ -216,9 +250,16 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def tensors(tree: Any, segment_bytes: Sequence[int]) -> Iterator[tuple[str, TensorNode]]:
     """Path and description of every tensor, array and long bytes object of the tree, checked. Raises CorruptError."""
-    for path, node in leaves(tree):
+    for path, node in _leaves(tree, "", _children_and_metadata):
         if is_tensor(node):
             yield path, TensorNode.from_json(node, path, segment_bytes)
+
+
+def _children_and_metadata(node: Any, path: str) -> list[tuple[str, Any]]:
+    below = children(node, path)
+    if isinstance(node, dict) and node.get(TAG) == "ordered_dict" and "metadata" in node:
+        below.append((f"{path}._metadata", node["metadata"]))
+    return below
 
 
 def find(tree: Any, wanted: str) -> Any:

@@ -5,6 +5,7 @@ each of these is needed, and `ckptstore.testing` holds the suite of tests that e
 """
 
 import abc
+import builtins
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -49,16 +50,16 @@ class Objects(abc.ABC):
         """The whole content at `key`, or None if there is no such object (never for a missing bucket: an error)."""
 
     @abc.abstractmethod
-    def list(self, prefix: str) -> list[ObjectInfo]:
+    def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         """Every object whose key starts with `prefix` (any string, also half a name), at any depth, sorted by key."""
 
     @abc.abstractmethod
-    def children(self, prefix: str) -> list[str]:
+    def children(self, prefix: str) -> builtins.list[str]:
         """The names directly below `prefix` (which ends in `/` or is empty) that have keys below them, sorted."""
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove `key`; that it is not there is fine."""
 
-    def sync(self, keys: Iterable[str]) -> None:
-        """Return when the objects at `keys`, put before or by others, survive a power loss. Default: they do already."""
+    def sync(self, keys: Iterable[str]) -> None:  # noqa: B027  most backends need nothing here
+        """Return when the objects at `keys`, put before or by others, survive a power loss; at once, by default."""

@@ -1,0 +1,183 @@
+"""From the chunks of a checkpoint to tensors in memory: each chunk fetched once, verified, written where it belongs.
+
+The counterpart of segments.py. Knows manifests and memory; which tensors are wanted, and what they are for, is told.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ckptstore import chunk as chunks
+from ckptstore.errors import CorruptError, MissingChunkError
+from ckptstore.kernels import ByteArray
+from ckptstore.manifest import ChunkRef, Manifest
+from ckptstore.objects.base import Objects
+from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Stage, staged, worker_threads
+from ckptstore.skeleton import TensorNode, contiguous_stride, tensors
+from ckptstore.tree import TORCH_DTYPES
+
+
+@dataclass(slots=True)
+class _Job:
+    """One chunk to fetch, and every place that its bytes go to."""
+
+    index: int
+    ref: ChunkRef
+    wholes: list[ByteArray] = field(default_factory=list)
+    parts: list[tuple[int, ByteArray]] = field(default_factory=list)
+    """Offset in the chunk, and where the bytes from there on go."""
+
+
+class Assembly:
+    """The wanted segments of one manifest: memory for each, and the tensors in it once it is filled."""
+
+    def __init__(self, manifest: Manifest, device: "torch.device | str" = "cpu") -> None:
+        """`device`: where tensors are put that have no place of their own."""
+        self.manifest = manifest
+        self._device = torch.device(device)
+        self._memory: dict[int, ByteArray] = {}
+        self._storages: dict[int, torch.Tensor] = {}
+        self._moved: dict[int, torch.Tensor] = {}
+
+    def want(self, node: TensorNode) -> None:
+        """Make room for the segment of `node`."""
+        if node.segment in self._memory:
+            return
+        length = self.manifest.segments[node.segment].bytes
+        try:
+            if node.tag == "tensor":
+                self._storages[node.segment] = torch.empty(length, dtype=torch.uint8)
+                self._memory[node.segment] = cast(ByteArray, self._storages[node.segment].numpy())
+            else:
+                self._memory[node.segment] = np.empty(length, np.uint8)
+        except RuntimeError as error:  # what torch raises where there is not enough memory
+            raise MemoryError(f"{length} bytes for one tensor of {self._name()}: {error}") from error
+
+    def want_into(self, node: TensorNode, memory: ByteArray) -> None:
+        """Let the segment of `node` be written straight into `memory`, which is exactly as long."""
+        self._memory[node.segment] = memory
+
+    def fill(self, objects: Objects, progress: Callable[[int], None] | None = None) -> None:
+        """Fetch, verify and write every wanted segment.
+
+        Args:
+            objects: where the chunks are.
+            progress: called with the stored bytes of each chunk that is done.
+
+        Raises:
+            CorruptError: a chunk is not what was saved, or (MissingChunkError) is not there; it names the tensors.
+            UnavailableError: the backend failed.
+        """
+
+        def fetch(job: _Job) -> tuple[_Job, bytes]:
+            with self._named(job):
+                return job, _get(objects, job.ref)
+
+        def write(fetched: tuple[_Job, bytes]) -> None:
+            job, content = fetched
+            with self._named(job):
+                try:
+                    _write(job, content)
+                except CorruptError:
+                    _write(job, _get(objects, job.ref))  # once more: it may be the way, not the object, that is bad
+
+        staged(
+            self._jobs(),
+            [Stage(fetch, objects.request_threads), Stage(write, worker_threads())],
+            weigh=lambda job: job.ref.stored + (0 if job.wholes else job.ref.raw) + job.ref.raw,
+            max_inflight_bytes=MAX_INFLIGHT_BYTES,
+            done=(lambda job: progress(job.ref.stored)) if progress else None,
+        )
+
+    def value(self, node: TensorNode) -> Any:
+        """The tensor, array or bytes object that `node` describes, in its segment's memory. Only after `fill`."""
+        memory = self._memory[node.segment]
+        if node.tag == "blob":
+            return memory[node.offset : node.offset + node.span_bytes].tobytes()
+        if node.tag == "ndarray":
+            flat = memory[node.offset : node.offset + node.span_bytes]
+            return flat.view(np.dtype(node.dtype)).reshape(node.shape)
+        return self._tensor(node)
+
+    def stored_bytes(self) -> int:
+        """What `fill` will fetch."""
+        return sum(job.ref.stored for job in self._jobs())
+
+    def _tensor(self, node: TensorNode) -> torch.Tensor:
+        storage = self._storages.get(node.segment)
+        if storage is None:
+            storage = self._storages[node.segment] = torch.from_numpy(self._memory[node.segment])
+        if self._device.type != "cpu":
+            # The whole segment, so that tensors that share memory go on sharing it.
+            if node.segment not in self._moved:
+                self._moved[node.segment] = storage.to(self._device)
+            storage = self._moved[node.segment]
+        dtype = TORCH_DTYPES[node.dtype]
+        try:
+            tensor = torch.empty(0, dtype=dtype, device=storage.device)
+            stride = node.stride if node.stride is not None else contiguous_stride(node.shape)
+            tensor.set_(storage.untyped_storage(), node.offset // dtype.itemsize, node.shape, stride)
+            if node.parameter:
+                return torch.nn.Parameter(tensor, requires_grad=node.requires_grad)
+            return tensor.requires_grad_(node.requires_grad)
+        except RuntimeError as error:
+            raise CorruptError(f"{self._name()} describes a tensor that torch cannot make ({node}): {error}") from error
+
+    def _jobs(self) -> list[_Job]:
+        jobs: dict[int, _Job] = {}
+        for number, memory in sorted(self._memory.items()):
+            segment = self.manifest.segments[number]
+            position = 0
+            for index in segment.chunks:
+                job = jobs.setdefault(index, _Job(index, self.manifest.chunks[index]))
+                if segment.offset is not None:
+                    job.parts.append((segment.offset, memory))
+                else:
+                    job.wholes.append(memory[position : position + job.ref.raw])
+                    position += job.ref.raw
+        return list(jobs.values())
+
+    def _name(self) -> str:
+        return f"step {self.manifest.step} of run {self.manifest.run!r}"
+
+    @contextlib.contextmanager
+    def _named(self, job: _Job) -> Iterator[None]:
+        """Add to an error which tensors of which step it concerns."""
+        try:
+            yield
+        except CorruptError as error:
+            paths = paths_of_chunk(self.manifest, job.index)
+            text = f"{self._name()}: {', '.join(paths)}: the chunk {job.ref.key}: {error}"
+            named = type(error)(text)
+            named.key = job.ref.key
+            raise named from error
+
+
+def paths_of_chunk(manifest: Manifest, index: int) -> list[str]:
+    """The paths of the tensors that need a chunk; the first few of many."""
+    segments = {number for number, segment in enumerate(manifest.segments) if index in segment.chunks}
+    lengths = [segment.bytes for segment in manifest.segments]
+    found = [path for path, node in tensors(manifest.tree, lengths) if node.segment in segments]
+    return found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} more"]
+
+
+def _get(objects: Objects, ref: ChunkRef) -> bytes:
+    content = objects.get(ref.key)
+    if content is None:
+        raise MissingChunkError("it is not in the store (deleted by hand, by a life-cycle rule, or by a collection)")
+    return content
+
+
+def _write(job: _Job, content: bytes) -> None:
+    if len(content) != job.ref.stored:
+        raise CorruptError(f"it has {len(content)} bytes in place of {job.ref.stored}")
+    raw = job.wholes[0] if job.wholes else np.empty(job.ref.raw, np.uint8)
+    chunks.decode(content, job.ref.digest, raw)
+    for memory in job.wholes[1:]:
+        memory[:] = raw
+    for offset, memory in job.parts:
+        memory[:] = raw[offset : offset + len(memory)]

@@ -1,0 +1,118 @@
+"""A save in the background: one thread, its result or error kept for whoever asks, and nothing lost at exit."""
+
+import atexit
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ckptstore.checkpoint import Checkpoint
+from ckptstore.errors import CheckpointError
+
+__all__ = ["PendingSave"]
+
+
+class PendingSave:
+    """A save under way, returned by `Run.save_async`.
+
+    Its error reaches you through `result`, or through the next save of the same run; if neither happens before the
+    interpreter ends, it is printed on stderr then. An interpreter that ends in good order waits for the save.
+
+    Attributes:
+        run: name of the run.
+        step: the step being saved.
+    """
+
+    def __init__(self, run: str, step: int, work: Callable[[], Checkpoint]) -> None:
+        self.run = run
+        self.step = step
+        self._work = work
+        self._checkpoint: Checkpoint | None = None
+        self._error: BaseException | None = None
+        self._told = False
+        # Not a daemon: the interpreter must not end while it works.
+        self._thread = threading.Thread(target=self._save, name=f"ckptstore-save-{run}-{step}", daemon=False)
+        _under_way.add(self)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        outcome = "under way" if not self.done() else "failed" if self._error else "saved"
+        return f"<PendingSave {self.run}@{self.step}: {outcome}>"
+
+    def done(self) -> bool:
+        """Whether it has ended, either way."""
+        return not self._thread.is_alive()
+
+    def result(self, timeout: float | None = None) -> Checkpoint:
+        """Wait for the save and return its checkpoint.
+
+        Args:
+            timeout: seconds to wait at most; None waits for ever.
+
+        Raises:
+            TimeoutError: it is still under way after `timeout` seconds; it goes on.
+            Exception: whatever `Run.save` raises, if the save failed.
+        """
+        self._wait(timeout)
+        self._told = True
+        if self._error is not None:
+            raise self._error
+        assert self._checkpoint is not None
+        return self._checkpoint
+
+    def _wait(self, timeout: float | None = None) -> None:
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the save of step {self.step} of run {self.run!r} is still under way.")
+
+    def _settle(self) -> None:
+        """Wait; raise the error if nobody was told of it yet."""
+        self._wait()
+        error, told, self._told = self._error, self._told, True
+        if error is None or told:
+            return
+        if isinstance(error, CheckpointError):
+            text = f"the save of step {self.step} of run {self.run!r} failed in the background: {error}"
+            raise type(error)(text) from error
+        raise error
+
+    def _save(self) -> None:
+        try:
+            self._checkpoint = self._work()
+        except BaseException as error:  # handed over to result(), the next save, or the end of the interpreter
+            self._error = error
+        finally:
+            del self._work  # and with it the copy of the state
+            if self._error is None:
+                _under_way.discard(self)
+
+
+_under_way: set[PendingSave] = set()
+"""Saves that have not ended, or that have failed and nobody was told."""
+
+
+def _finish_all() -> None:
+    """Wait for what is under way, and print what failed and was never asked for."""
+    for pending in sorted(_under_way, key=lambda pending: pending.step):
+        pending._thread.join()
+        if pending._error is not None and not pending._told:
+            print(
+                f"ckptstore: the save of step {pending.step} of run {pending.run!r} FAILED in the background, and "
+                f"nobody asked for its result: {type(pending._error).__name__}: {pending._error}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _at_exit(hook: Callable[[], Any]) -> None:
+    """Run `hook` when the interpreter begins to end, before it stops the thread pools that asyncio resolves names with.
+
+    The hook of `threading` that `concurrent.futures` uses for its own pools has no public name; `atexit` comes later.
+    """
+    import concurrent.futures.thread  # noqa: F401  its hook must be registered before ours, to run after it
+
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(hook)
+
+
+_at_exit(_finish_all)

@@ -1,0 +1,112 @@
+"""A checkpoint as users see it: a value made from its manifest. Needs no torch until its state is looked at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from ckptstore.manifest import Manifest
+from ckptstore.skeleton import TAG, TensorNode, tensors
+
+__all__ = ["Checkpoint", "TensorInfo"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What stands for a tensor, an array or a long bytes object where only its description was read.
+
+    Attributes:
+        dtype: torch's name ("bfloat16") or NumPy's type string ("<f4").
+        shape: elements in each dimension.
+        bytes: elements times element size.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+class Checkpoint:
+    """One committed checkpoint: what it is, and the values of its leaves that are not tensors.
+
+    Attributes:
+        run: name of the run.
+        step: the step it was saved as.
+        created: when, by the clock of the process that saved it (UTC).
+        raw_bytes: size of all tensors in memory, those that share memory counted once.
+        stored_bytes: size of the chunks that hold it, whoever uploaded them.
+        new_bytes: size of the chunks that this save had to upload; the others were in the store.
+        missing: keys of the destination that the checkpoint lacks, after `restore(…, strict=False)`; else empty.
+        unexpected: keys of the checkpoint that the destination lacks, likewise.
+    """
+
+    def __init__(self, manifest: Manifest, *, missing: Sequence[str] = (), unexpected: Sequence[str] = ()) -> None:
+        self._manifest = manifest
+        self.run: str = manifest.run
+        self.step: int = manifest.step
+        self.created: datetime = datetime.fromisoformat(manifest.created)
+        self.raw_bytes: int = manifest.raw_bytes
+        self.stored_bytes: int = manifest.stored_bytes
+        self.new_bytes: int = manifest.new_bytes
+        self.missing: tuple[str, ...] = tuple(missing)
+        self.unexpected: tuple[str, ...] = tuple(unexpected)
+
+    def __repr__(self) -> str:
+        sizes = f"{self.raw_bytes:,} bytes, {self.stored_bytes:,} stored, {self.new_bytes:,} of them new"
+        metrics = "".join(f", {name}={value!r}" for name, value in self.metrics.items())
+        return f"<Checkpoint {self.run}@{self.step}{metrics}: {sizes}, {self.created:%Y-%m-%d %H:%M:%S} UTC>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Checkpoint) and self._manifest.key == other._manifest.key
+
+    def __hash__(self) -> int:
+        return hash(self._manifest.key)
+
+    @cached_property
+    def state(self) -> Any:
+        """The tree as it was saved, with a `TensorInfo` for each tensor, and the inner tree of what was registered."""
+        from ckptstore.tree import unflatten
+
+        return unflatten(self._manifest.tree, _info, self._segment_bytes(), describe=True)
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """What `save(metrics=…)` was given."""
+        return _values(self._manifest.metrics)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What `save(metadata=…)` was given."""
+        return _values(self._manifest.metadata)
+
+    @property
+    def host(self) -> str:
+        """The machine that saved it."""
+        return self._manifest.writer.host
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Each tensor, array and long bytes object by its path, such as "model.linear.weight"."""
+        return {path: _info(node, path) for path, node in tensors(self._manifest.tree, self._segment_bytes())}
+
+    def _segment_bytes(self) -> list[int]:
+        return [segment.bytes for segment in self._manifest.segments]
+
+
+def _info(node: TensorNode, path: str) -> TensorInfo:
+    return TensorInfo(node.dtype, node.shape, node.logical_bytes)
+
+
+def _values(node: Any) -> dict[str, Any]:
+    """Metrics or metadata: JSON as it stands where that says it all, else through the tree's decoder (and torch)."""
+    if not _has_tag(node):
+        return dict(node)
+    from ckptstore.tree import unflatten
+
+    return dict(unflatten(node, _info, []))
+
+
+def _has_tag(node: Any) -> bool:
+    if isinstance(node, dict):
+        return TAG in node or any(_has_tag(below) for below in node.values())
+    return isinstance(node, list) and any(_has_tag(below) for below in node)

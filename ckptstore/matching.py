@@ -1,0 +1,262 @@
+"""What is to be restored against what was saved: which tensor goes where, and everything that does not fit.
+
+Pure looking: nothing of the destination is changed here, so that an error found here has changed nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckptstore.errors import InvalidInputError
+from ckptstore.manifest import Manifest
+from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, is_tensor, join, leaves
+from ckptstore.tree import TORCH_DTYPES, decode_hashable, is_plain_tensor, is_stateful
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A saved tensor and the live one that takes its values (for a Stateful's own, through its state dict)."""
+
+    path: str
+    node: TensorNode
+    live: "torch.Tensor | np.ndarray[Any, Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class StatefulMatch:
+    """An object restored through its own methods, and the saved node for it."""
+
+    path: str
+    leaf: Any
+    node: Any
+    slots: dict[str, Slot]
+    """Its own live tensors that are filled in place, by path."""
+
+
+@dataclass(slots=True)
+class Match:
+    """The outcome: what goes where, and what does not fit."""
+
+    slots: list[Slot] = field(default_factory=list)
+    statefuls: list[StatefulMatch] = field(default_factory=list)
+    others: list[TensorNode] = field(default_factory=list)
+    """Saved tensors within statefuls that have no live counterpart, such as the moments of a fresh optimizer."""
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    wrapped: str = ""
+
+    def check(self, manifest: Manifest, *, strict: bool) -> None:
+        """Raise one InvalidInputError that lists everything that does not fit."""
+        lines = list(self.problems)
+        if strict:
+            lines += [f"{path} is not in the checkpoint" for path in self.missing]
+            lines += [f"{path} is in the checkpoint and not in the destination" for path in self.unexpected]
+        if not lines:
+            return
+        shown = "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
+        advice = self.wrapped or (
+            "Restore into what was saved, or pass strict=False to leave out keys that differ."
+            if not self.problems
+            else "Build the model and optimizer as they were when they were saved."
+        )
+        raise InvalidInputError(
+            f"step {manifest.step} of run {manifest.run!r} does not fit the destination: {shown}. {advice} "
+            "Nothing was changed."
+        )
+
+
+def match(destination: Any, manifest: Manifest) -> Match:
+    """Walk the destination and the saved tree side by side. Raises CorruptError if the saved tree makes no sense."""
+    matcher = _Matcher(manifest)
+    matcher.walk(destination, manifest.tree, "")
+    return matcher.found
+
+
+class _Matcher:
+    def __init__(self, manifest: Manifest) -> None:
+        self.found = Match()
+        self._segment_bytes = [segment.bytes for segment in manifest.segments]
+
+    def walk(self, live: Any, node: Any, path: str) -> None:
+        if is_stateful(live):
+            self._stateful(live, node, path)
+        elif isinstance(live, torch.Tensor | np.ndarray):
+            self._tensor(live, node, path)
+        elif isinstance(live, Mapping):
+            self._mapping(live, node, path)
+        elif isinstance(live, list | tuple):
+            self._sequence(live, node, path)
+        # Numbers, texts and the like cannot be filled in place: the caller takes them from Checkpoint.state.
+
+    def _mapping(self, live: Mapping[Any, Any], node: Any, path: str) -> None:
+        saved = _mapping_members(node)
+        if saved is None:
+            self._differs(path, "a dict", node)
+            return
+        for key, value in live.items():
+            below = join(path, key)
+            if key in saved:
+                self.walk(value, saved[key], below)
+            elif _can_be_filled(value):
+                self.found.missing.append(below)
+
+    def _sequence(self, live: "list[Any] | tuple[Any, ...]", node: Any, path: str) -> None:
+        saved = node if isinstance(node, list) else node.get("items") if _tag(node) in ("tuple", "deque") else None
+        if saved is None:
+            self._differs(path, f"a {type(live).__name__}", node)
+        elif len(saved) != len(live):
+            self.found.problems.append(f"{path} has {len(live)} members and {len(saved)} in the checkpoint")
+        else:
+            for index, (value, below) in enumerate(zip(live, saved, strict=True)):
+                self.walk(value, below, join(path, index))
+
+    def _tensor(self, live: "torch.Tensor | np.ndarray[Any, Any]", node: Any, path: str) -> None:
+        wanted = "tensor" if isinstance(live, torch.Tensor) else "ndarray"
+        if _tag(node) != wanted:
+            self._differs(path, f"a {wanted}", node)
+            return
+        described = TensorNode.from_json(node, path, self._segment_bytes)
+        if problem := _misfit(live, described):
+            self.found.problems.append(f"{path} {problem}")
+        elif isinstance(live, np.ndarray) and not live.flags.writeable:
+            self.found.problems.append(f"{path} is an array that cannot be written to")
+        else:
+            self.found.slots.append(Slot(path, described, live))
+
+    def _stateful(self, live: Any, node: Any, path: str) -> None:
+        if isinstance(live, torch.nn.Module):
+            tensors = self._module(live, node, path)
+        elif isinstance(live, torch.optim.Optimizer):
+            self._check_groups(live, node, path)
+            tensors = dict(_unique(_tensors_below(live.state_dict(), path)))
+        else:
+            tensors = {}  # whether its state dict is the state or a copy of it is not known
+        saved = Counter(name for name, below in leaves(node, path) if is_tensor(below))
+        slots: dict[str, Slot] = {}
+        for name, below in leaves(node, path):
+            if not is_tensor(below):
+                continue
+            described = TensorNode.from_json(below, name, self._segment_bytes)
+            own = tensors.get(name) if saved[name] == 1 else None
+            if own is None:
+                self.found.others.append(described)
+            elif problem := _misfit(own, described):
+                self.found.problems.append(f"{name} {problem}")
+            else:
+                slots[name] = Slot(name, described, own)
+        self.found.slots += slots.values()
+        self.found.statefuls.append(StatefulMatch(path, live, node, slots))
+
+    def _module(self, module: torch.nn.Module, node: Any, path: str) -> dict[str, torch.Tensor]:
+        state = module_state(module)
+        saved = _mapping_members(node)
+        if saved is None:
+            self._differs(path, f"a module ({type(module).__name__})", node)
+            return {}
+        if not any(below._load_state_dict_pre_hooks for below in module.modules()):
+            # Hooks may rename keys of older versions; where there are none, torch would find what is found here.
+            missing, unexpected = [key for key in state if key not in saved], [key for key in saved if key not in state]
+            self.found.missing += [join(path, key) for key in missing]
+            self.found.unexpected += [join(path, key) for key in unexpected]
+            if (missing or unexpected) and _unwrapped(state) == _unwrapped(saved):
+                self.found.wrapped = (
+                    f"The keys of {path or 'the module'} differ only by the prefix that DistributedDataParallel "
+                    "(module.) or torch.compile (_orig_mod.) put there: save and restore the module that is wrapped "
+                    "(model.module, model._orig_mod), which works with and without them."
+                )
+        return dict(_unique((join(path, key), value) for key, value in state.items() if is_plain_tensor(value)))
+
+    def _check_groups(self, optimizer: torch.optim.Optimizer, node: Any, path: str) -> None:
+        """What torch's load_state_dict would refuse, found before anything is changed."""
+        groups = (_mapping_members(node) or {}).get("param_groups")
+        if not isinstance(groups, list):
+            self._differs(path, f"an optimizer ({type(optimizer).__name__})", node)
+            return
+        saved = [len((_mapping_members(group) or {}).get("params", ())) for group in groups]
+        live = [len(group["params"]) for group in optimizer.param_groups]
+        if saved != live:
+            self.found.problems.append(f"{path} has parameter groups of {live} tensors and {saved} in the checkpoint")
+
+    def _differs(self, path: str, here: str, node: Any) -> None:
+        self.found.problems.append(f"{path or 'the state'} is {here} here and {_kind(node)} in the checkpoint")
+
+
+def module_state(module: torch.nn.Module) -> dict[str, Any]:
+    """The live state dict of a module: the parameters themselves, which `load_state_dict` then need not copy again."""
+    try:
+        state: dict[str, Any] = module.state_dict(keep_vars=True)
+    except TypeError:  # a module that overrides state_dict() without that argument
+        state = module.state_dict()
+    return state
+
+
+def _misfit(live: "torch.Tensor | np.ndarray[Any, Any]", saved: TensorNode) -> str:
+    """Why the saved values do not fit, or nothing."""
+    if isinstance(live, torch.Tensor):
+        dtype_fits = live.dtype == TORCH_DTYPES.get(saved.dtype)
+        here = str(live.dtype).removeprefix("torch.")
+    else:
+        dtype_fits, here = live.dtype.str == saved.dtype, live.dtype.str
+    if tuple(live.shape) != saved.shape:
+        return f"has shape {tuple(live.shape)} and {saved.shape} in the checkpoint"
+    return "" if dtype_fits else f"is {here} and {saved.dtype} in the checkpoint"
+
+
+def _can_be_filled(value: Any) -> bool:
+    """Whether there is anything in it that a restore would write to."""
+    if is_stateful(value) or isinstance(value, torch.Tensor | np.ndarray):
+        return True
+    if isinstance(value, Mapping):
+        return any(_can_be_filled(below) for below in value.values())
+    return isinstance(value, list | tuple) and any(_can_be_filled(below) for below in value)
+
+
+def _tensors_below(tree: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        if is_plain_tensor(tree):
+            yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensors_below(value, join(path, key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from _tensors_below(value, join(path, index))
+
+
+def _unique(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Leave out paths that two tensors share (keys with dots in them): which is meant could not be told."""
+    found = list(pairs)
+    count = Counter(path for path, _ in found)
+    return ((path, tensor) for path, tensor in found if count[path] == 1)
+
+
+def _mapping_members(node: Any) -> dict[Any, Any] | None:
+    """The members of a saved dict by their keys; None if it is no dict."""
+    if not isinstance(node, dict):
+        return None
+    if TAG not in node:
+        return node
+    if node[TAG] not in MAPPING_TAGS:
+        return None
+    return {decode_hashable(key): below for key, below in node["items"]}
+
+
+def _unwrapped(keys: Iterable[str]) -> set[str]:
+    return {str(key).replace("_orig_mod.", "").removeprefix("module.") for key in keys}
+
+
+def _tag(node: Any) -> str | None:
+    return node.get(TAG) if isinstance(node, dict) else None
+
+
+def _kind(node: Any) -> str:
+    if isinstance(node, dict):
+        return f"a {node.get(TAG, 'dict')}"
+    return f"a {type(node).__name__}" if node is not None else "None"

@@ -1,0 +1,368 @@
+"""The decisions of a save, apart from all I/O: what to read, what to reuse, what to upload, when it has committed.
+
+A generator yields operations and is sent their results; whoever drives it (saving.py, or a test that walks every
+interleaving) decides how they are carried out. docs/explanation/protocol.md says why the steps stand in this order;
+the numbers in the comments are those of its section "Save".
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptstore.errors import ConflictError, CorruptError, FencedError, NotFoundError, UnavailableError
+from ckptstore.format import CHUNKS, CONDEMNED, MIN_MANIFEST_BYTES, ChunkKey, ManifestKey, run_prefix
+from ckptstore.manifest import (
+    ChunkRef,
+    Condemned,
+    Ended,
+    Manifest,
+    Segment,
+    Session,
+    Writer,
+    decode_condemned,
+    decode_manifest,
+    encode,
+)
+from ckptstore.objects.base import ObjectInfo
+
+FEW_CHUNKS = 16
+"""Up to so many chunks are looked for one by one, more by whole prefixes, of which there are 256."""
+
+
+# ---- operations: each is atomic, or made of independent ones
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """-> list[ObjectInfo] of all keys that begin with one of `prefixes`."""
+
+    prefixes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """-> list[bytes | None], one for each key."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """-> bool: True if it is ours, False if the key existed."""
+
+    key: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """-> None; replaces what is there."""
+
+    key: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """-> None. Puts the session and keeps it beating until `Close`."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """-> None. Ends the beat and deletes the session."""
+
+    save: str
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """-> dict digest -> stored bytes. Encodes and puts the chunks of these digests under the save's own keys."""
+
+    save: str
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """-> None, when all of `keys` are durable, whoever put them."""
+
+    keys: tuple[str, ...]
+
+
+Operation = List | Get | Create | Put | Open | Close | Upload | Sync
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """All that is known of a checkpoint before the store is looked at."""
+
+    run: str
+    step: int
+    save: str
+    created: str
+    writer: Writer
+    metrics: Any
+    metadata: Any
+    content: str
+    tree: Any
+    segments: list[Segment]
+    chunks: dict[str, int]
+    """Digest -> raw bytes of each different chunk, in the order of the manifest's table."""
+    raw_bytes: int
+    replace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A manifest of a step: what it says, or None if it cannot be read, and the store's last-modified time."""
+
+    key: ManifestKey
+    modified: float
+    manifest: Manifest | None
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the friendly check found: what to replace, and the newest manifest, whose chunks may be ours too."""
+
+    replaces: list[str] = field(default_factory=list)
+    newest: ManifestKey | None = None
+
+
+def current(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Which manifest of a step counts: one that no other replaces, the latest by the store's clock, then by id."""
+    replaced = {save for found in candidates if found.manifest for save in found.manifest.replaces}
+    standing = [found for found in candidates if found.key.save_id not in replaced]
+    return max(standing, key=lambda found: (found.modified, found.key.save_id), default=None)
+
+
+def may_be_committed(row: ObjectInfo) -> bool:
+    """Tells manifests from fences and tombstones by size alone."""
+    return row.size >= MIN_MANIFEST_BYTES
+
+
+def save(request: SaveRequest) -> Generator[Operation, Any, Manifest]:
+    """One save, from the friendly check to the closed session; returns the manifest that stands for the step.
+
+    Raises:
+        ConflictError: the step holds another state.
+        FencedError: a collector took this save for dead; it never committed and never will.
+        UnavailableError: a request failed. If it was the commit's, its outcome is unknown and the session stands.
+    """
+    found = yield from _look(request)
+    if isinstance(found, Manifest):
+        return found
+    yield Open(_session(request))  # 1
+    try:
+        manifest = yield from _assemble(request, found)
+    except (Exception, KeyboardInterrupt):
+        # No manifest was created, so the outcome is known. What was uploaded stays for the collector: another save
+        # may have found it and reuse it.
+        yield Close(request.save)
+        raise
+    yield from _commit(request, manifest)
+    yield from _clean_up(request, found.replaces)
+    return manifest
+
+
+def _session(request: SaveRequest) -> Session:
+    return Session(
+        save=request.save,
+        run=request.run,
+        step=request.step,
+        writer=request.writer,
+        opened=request.created,
+        beat=0,
+    )
+
+
+def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"]:
+    """The friendly check before step 1: whether this step is saved already."""
+    rows: list[ObjectInfo] = yield List((run_prefix(request.run),))
+    manifests = [(key, row) for row in rows if may_be_committed(row) and (key := ManifestKey.parse(row.key))]
+    found = _Found()
+    if manifests:
+        found.newest = max(manifests, key=lambda pair: (pair[0].step, pair[1].modified))[0]
+    of_step = [(key, row) for key, row in manifests if key.step == request.step]
+    if not of_step:
+        return found
+    candidates = yield from _read(of_step)
+    standing = current(candidates)
+    if standing is not None and standing.manifest is not None:
+        # Only what was found corrupt: a chunk condemned as garbage may have come to be referenced, and is sound then.
+        lists = yield from _read_condemned()
+        damaged = {key for each in lists if each and each.reason == "corrupt" for key in each.keys}
+        sound = not any(chunk.key in damaged for chunk in standing.manifest.chunks)
+        if sound and standing.manifest.content == request.content:
+            return standing.manifest
+        if sound and not request.replace:
+            raise ConflictError(
+                f"step {request.step} of run {request.run!r} is saved already ({standing.manifest.created}), with "
+                "another state. Save under another step or run, or pass replace=True to put this one in its place."
+            )
+    # What is damaged, or cannot be read, is no checkpoint that a save could take anything from.
+    found.replaces = [candidate.key.save_id for candidate in candidates]
+    return found
+
+
+def _read(found: list[tuple[ManifestKey, ObjectInfo]]) -> Generator[Operation, Any, list[Candidate]]:
+    contents: list[bytes | None] = yield Get(tuple(str(key) for key, _ in found))
+    candidates = (
+        read_candidate(key, row.modified, content) for (key, row), content in zip(found, contents, strict=True)
+    )
+    return [candidate for candidate in candidates if candidate is not None]
+
+
+def read_candidate(key: ManifestKey, modified: float, content: bytes | None) -> Candidate | None:
+    """What stands at a manifest's key; None for a fence, a tombstone, or nothing."""
+    if content is None:
+        return None
+    try:
+        value = decode_manifest(content, key)
+    except CorruptError:
+        return Candidate(key, modified, None)
+    return None if isinstance(value, Ended) else Candidate(key, modified, value)
+
+
+def _read_condemned() -> Generator[Operation, Any, "list[Condemned | None]"]:
+    """Every condemned list that stands now, None for one that cannot be read; one that is gone by then is left out."""
+    rows: list[ObjectInfo] = yield List((CONDEMNED,))
+    if not rows:
+        return []
+    keys = tuple(row.key for row in rows)
+    contents: list[bytes | None] = yield Get(keys)
+    lists: list[Condemned | None] = []
+    for key, content in zip(keys, contents, strict=True):
+        if content is not None:
+            try:
+                lists.append(decode_condemned(content, key))
+            except CorruptError:
+                lists.append(None)
+    return lists
+
+
+def _assemble(request: SaveRequest, found: _Found) -> Generator[Operation, Any, Manifest]:
+    """Steps 2 to 4: a manifest, each of whose chunks is in the store and durable."""
+    lists = yield from _read_condemned()  # 2
+    condemned = {key for each in lists if each for key in each.keys}
+    refs: dict[str, ChunkRef] = {}
+    may_reuse = None not in lists  # a list that cannot be read may name any key
+    if may_reuse and found.newest is not None:  # 3: what stands in a manifest that is read now
+        [content] = yield Get((str(found.newest),))
+        newest = read_candidate(found.newest, 0.0, content)
+        if newest is not None and newest.manifest is not None:
+            _reuse(request, refs, newest.manifest.chunks, condemned)
+    missing = [name for name in request.chunks if name not in refs]
+    listed: list[str] = []
+    if may_reuse and missing:  # 3: what a listing shows now
+        rows: list[ObjectInfo] = yield List(_prefixes(missing))
+        seen = [
+            ChunkRef(digest=key.digest, save=key.save_id, raw=request.chunks[key.digest], stored=row.size)
+            for row in rows
+            if (key := ChunkKey.parse(row.key)) and key.digest in request.chunks
+        ]
+        _reuse(request, refs, seen, condemned)
+        listed = [refs[name].key for name in missing if name in refs]
+        missing = [name for name in missing if name not in refs]
+    new_bytes = 0
+    if missing:  # 4
+        stored: dict[str, int] = yield Upload(request.save, tuple(missing))
+        for name in missing:
+            refs[name] = ChunkRef(digest=name, save=request.save, raw=request.chunks[name], stored=stored[name])
+            new_bytes += stored[name]
+    # What was found in a listing may have been put by a save that has not made it durable yet.
+    yield Sync((*listed, *(refs[name].key for name in missing)))
+    return _manifest(request, found.replaces, [refs[name] for name in request.chunks], new_bytes)
+
+
+def _reuse(request: SaveRequest, refs: dict[str, ChunkRef], seen: list[ChunkRef], condemned: set[str]) -> None:
+    for ref in seen:
+        if ref.digest not in refs and request.chunks.get(ref.digest) == ref.raw and ref.key not in condemned:
+            refs[ref.digest] = ref
+
+
+def _prefixes(digests: list[str]) -> tuple[str, ...]:
+    if len(digests) <= FEW_CHUNKS:
+        return tuple(f"{CHUNKS}{name[:2]}/{name}" for name in digests)
+    return tuple(sorted({f"{CHUNKS}{name[:2]}/" for name in digests}))
+
+
+def _manifest(request: SaveRequest, replaces: list[str], chunks: list[ChunkRef], new_bytes: int) -> Manifest:
+    return Manifest(
+        run=request.run,
+        step=request.step,
+        save=request.save,
+        created=request.created,
+        writer=request.writer,
+        replaces=replaces,
+        metrics=request.metrics,
+        metadata=request.metadata,
+        content=request.content,
+        raw_bytes=request.raw_bytes,
+        stored_bytes=sum(chunk.stored for chunk in chunks),
+        new_bytes=new_bytes,
+        tree=request.tree,
+        segments=request.segments,
+        chunks=chunks,
+    )
+
+
+def _commit(request: SaveRequest, manifest: Manifest) -> Generator[Operation, Any, None]:
+    """Step 5. Returns when the manifest is known to stand; a lost answer is told from a lost race by reading."""
+    key, content = manifest.key, encode(manifest)
+    try:
+        if (yield Create(str(key), content)):
+            return
+        [found] = yield Get((str(key),))
+    except UnavailableError as error:
+        [found] = yield Get((str(key),))
+        if found is None:
+            raise UnavailableError(
+                f"whether {key} was written is not known, as its answer was lost; the save does not count. "
+                f"Save step {request.step} again. {error}"
+            ) from error
+    if found != content:
+        yield Close(request.save)
+        raise FencedError(
+            f"the save of step {request.step} of run {request.run!r} was taken for dead by a collection, because this "
+            f"process did not show itself in time, and can no longer commit ({key}). Save again."
+        )
+
+
+def _clean_up(request: SaveRequest, replaces: list[str]) -> Generator[Operation, Any, None]:
+    """After the commit: delete what it replaces, close the session (6). Failures are left to the collector."""
+    try:
+        for save_id in replaces:
+            key = ManifestKey(request.run, request.step, save_id)
+            yield from bury(key, request.created)
+        yield Close(request.save)
+    except UnavailableError:
+        # The manifest stands: what it replaces is not current even so, and a session without a save ends by itself.
+        return
+
+
+def bury(key: ManifestKey, created: str) -> Generator[Operation, Any, None]:
+    """Put a tombstone in a manifest's place."""
+    tombstone = Ended(state="deleted", run=key.run, step=key.step, save=key.save_id, created=created)
+    yield Put(str(key), encode(tombstone))
+    yield Sync((str(key),))
+
+
+def delete(run: str, step: int, created: str) -> Generator[Operation, Any, None]:
+    """Delete a step: every manifest of it, the current one last, so that none comes back if this is cut short.
+
+    Raises:
+        NotFoundError: the step holds no checkpoint.
+    """
+    rows: list[ObjectInfo] = yield List((run_prefix(run),))
+    of_step = [
+        (key, row) for row in rows if may_be_committed(row) and (key := ManifestKey.parse(row.key)) and key.step == step
+    ]
+    candidates = yield from _read(of_step)
+    if not candidates:
+        raise NotFoundError(f"run {run!r} has no checkpoint at step {step}, so there is nothing to delete.")
+    last = current(candidates)
+    for candidate in sorted(candidates, key=lambda found: found is last):
+        yield from bury(candidate.key, created)

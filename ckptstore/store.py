@@ -1,0 +1,325 @@
+"""What people touch: `Store` and `Run`. Rooms that need torch are imported when a state is first saved or restored."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ckptstore import catalog, protocol, verifying
+from ckptstore import usage as usages
+from ckptstore.background import PendingSave
+from ckptstore.checkpoint import Checkpoint
+from ckptstore.format import check_run_name, check_step
+from ckptstore.manifest import Manifest
+from ckptstore.objects.base import Objects
+from ckptstore.objects.open import open_objects
+from ckptstore.performing import Performer
+from ckptstore.usage import Usage
+from ckptstore.verifying import VerifyReport
+from ckptstore.writer import now_text
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Run", "Store"]
+
+Progress = Callable[[int, int], None]
+
+
+class Store:
+    """A place where checkpoints are kept: a folder, a bucket, or memory; many jobs may use one at the same time.
+
+    Making a `Store` touches nothing: the first save makes the store at its place.
+
+    Args:
+        url: a path, `s3://bucket/prefix`, `memory://name`, or any other URL that fsspec knows and whose backend has an
+            exclusive create. Or a backend of your own, a `ckptstore.objects.base.Objects`.
+        storage_options: what fsspec's file system for the URL takes, such as `{"profile": "team"}` or
+            `{"endpoint_url": "http://localhost:9000"}` for S3. Never written anywhere.
+
+    Raises:
+        InvalidInputError: the URL is not one that a store can be at.
+    """
+
+    def __init__(
+        self, url: "str | os.PathLike[str] | Objects", storage_options: Mapping[str, Any] | None = None
+    ) -> None:
+        self._objects = url if isinstance(url, Objects) else open_objects(url, storage_options)
+        self._pending: dict[str, PendingSave] = {}
+
+    @property
+    def url(self) -> str:
+        """Where it is, without credentials."""
+        return self._objects.url
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def run(self, name: str) -> "Run":
+        """The run of that name, which need not exist yet.
+
+        Args:
+            name: 1 to 128 letters, digits and `. _ + = , -`, a letter, digit or `_` first.
+
+        Raises:
+            InvalidInputError: it cannot be a name.
+        """
+        return Run(self, check_run_name(name))
+
+    def runs(self) -> list[str]:
+        """The names of the runs that have a checkpoint, sorted; empty where there is no store.
+
+        Raises:
+            UnavailableError: the place cannot be reached or read.
+        """
+        found = catalog.list_runs(self._objects)
+        return [name for name, rows in found.items() if rows.committed_steps()]
+
+    def verify(self, run: str | None = None, *, progress: Progress | None = None) -> VerifyReport:
+        """Read every byte of the store (or of one run) again and compare it with what was saved.
+
+        Chunks found damaged are marked, so that no save takes them up again: the next save of the same content
+        uploads a good copy. On a read-only store that is left out, and the report says so.
+
+        Args:
+            run: verify only this run.
+            progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
+
+        Raises:
+            NotFoundError: there is no store, or no such run.
+            UnavailableError: the backend failed, so nothing is known.
+            UnsupportedFormatError: an object was written by a newer ckptstore.
+        """
+        if run is None:
+            catalog.require_store(self._objects)
+        elif not catalog.list_run(self._objects, check_run_name(run)).by_step:
+            catalog.manifest_of(self._objects, run, 0)  # raises what fits: no store, or no such run
+        return verifying.verify(self._objects, run, progress)
+
+    def usage(self) -> Usage:
+        """What the store costs: logical, stored and shared bytes, run by run.
+
+        Raises:
+            NotFoundError: there is no store.
+            CorruptError: a manifest is damaged, so the sums would be wrong.
+        """
+        return usages.usage(self._objects)
+
+
+class Run:
+    """The checkpoints of one training, by step. Made by `Store.run`."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._objects = store._objects
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"{self._store!r}.run({self.name!r})"
+
+    def save(
+        self,
+        state: Any,
+        *,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> Checkpoint:
+        """Save a state; when this returns, it is durable and stays.
+
+        Only chunks that the store does not hold yet are uploaded. A process that is killed in here leaves the store
+        as it was. Saving the same state as the same step again returns the checkpoint that is there.
+
+        Args:
+            state: a tree of dicts, lists, tensors, numbers and so on (docs/reference/api.md lists them), and of objects
+                with `state_dict()` and `load_state_dict()`: modules, optimizers, schedulers, `RngState`.
+            step: a whole number from 0 to 2**63-1.
+            metrics: small values to show beside the step, such as `{"loss": 2.5}`.
+            metadata: small values of your own, such as the configuration.
+            replace: put this state in the place of another one that was saved as the same step.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            InvalidInputError: something in `state` cannot be saved, or `step` is no step; nothing was changed.
+            ConflictError: the step holds another state; nothing was changed.
+            UnavailableError: the backend failed after its own retries; no checkpoint was made, or the text says that
+                this is not known.
+            CorruptError, UnsupportedFormatError: the store's marker is damaged, or of a newer ckptstore.
+            CheckpointError: an earlier `save_async` of this run failed, and nobody had asked for its result.
+        """
+        from ckptstore import saving
+
+        number = check_step(step)
+        self._settle()
+        snapshot = saving.take_apart(state, metrics, metadata)
+        return Checkpoint(saving.save(self._objects, self.name, number, snapshot, replace=replace))
+
+    def save_async(
+        self,
+        state: Any,
+        *,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> PendingSave:
+        """Copy a state to host memory and return; a thread saves the copy while the training goes on.
+
+        One save of a run is under way at a time: the next one waits for it. Arguments as for `save`.
+
+        Returns:
+            The pending save: `result()` waits and gives the checkpoint, or raises what failed.
+
+        Raises:
+            InvalidInputError: something in `state` cannot be saved, or `step` is no step.
+            CheckpointError: the save before this one failed, and nobody had asked for its result.
+        """
+        from ckptstore import saving, segments
+        from ckptstore.pipeline import worker_threads
+
+        number = check_step(step)
+        self._settle()
+        snapshot = saving.take_apart(state, metrics, metadata)
+        segments.detach(snapshot.sources, threads=worker_threads())
+        objects, name = self._objects, self.name
+
+        def work() -> Checkpoint:
+            return Checkpoint(saving.save(objects, name, number, snapshot, replace=replace))
+
+        pending = self._store._pending[name] = PendingSave(name, number, work)
+        return pending
+
+    def restore(
+        self, destination: Any, *, step: int | None = None, strict: bool = True, progress: Progress | None = None
+    ) -> Checkpoint | None:
+        """Put the newest checkpoint that verifies into `destination`, in place.
+
+        Every byte is compared with its digest. A checkpoint that is damaged is reported by a `CheckpointWarning`, and
+        the one before it is taken. What is not a tensor or an object with `load_state_dict()` cannot be filled in
+        place: take it from the result, `checkpoint.state["step"]`.
+
+        Args:
+            destination: the tree to fill, of the shape that was saved, or a part of it: `{"model": model}`.
+            step: restore this step, and raise if it is damaged.
+            strict: False leaves out keys of modules that differ, and lists them in the result.
+            progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
+
+        Returns:
+            The checkpoint that was restored; None if the run has none, or there is no store yet: a first start.
+
+        Raises:
+            InvalidInputError: the checkpoint does not fit the destination: one text lists all that differs. Nothing
+                was changed, unless the text says so.
+            CorruptError: no checkpoint verifies. The text says whether the destination was changed.
+            NotFoundError: there is no checkpoint at `step`.
+            UnavailableError: the store cannot be reached or read; never taken for a first start.
+        """
+        from ckptstore import restoring
+
+        number = None if step is None else check_step(step)
+        self._wait()
+        found = restoring.restore(self._objects, self.name, destination, step=number, strict=strict, progress=progress)
+        if found is None:
+            return None
+        return Checkpoint(found.manifest, missing=found.missing, unexpected=found.unexpected)
+
+    def load(
+        self,
+        step: int | None = None,
+        *,
+        only: str | None = None,
+        device: "torch.device | str" = "cpu",
+        progress: Progress | None = None,
+    ) -> Any:
+        """The tree as it was saved, every byte of it verified.
+
+        Args:
+            step: which checkpoint; None is the newest.
+            only: the path of a part of the tree, such as "model" or "optimizer.param_groups[0]"; only that part's
+                bytes are read.
+            device: where tensors are put.
+            progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
+
+        Returns:
+            The tree, or the part of it; modules and optimizers as their state dicts.
+
+        Raises:
+            NotFoundError: there is no such store, run, step or part.
+            CorruptError: it is damaged; the text names the tensors.
+            InvalidInputError: a type in it was registered when it was saved and is not now.
+            UnavailableError: the backend failed.
+        """
+        from ckptstore import restoring
+
+        self._wait()
+        return restoring.load(self._objects, self._manifest(step), only=only, device=device, progress=progress)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order, from one listing; empty if there is none.
+
+        Raises:
+            UnavailableError: the store cannot be reached or read.
+        """
+        return catalog.list_run(self._objects, self.name).committed_steps()
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose manifest can be read; None if the run has none. Its tensors are not verified.
+
+        Raises:
+            CorruptError: there are manifests, and none can be read.
+            UnavailableError: the store cannot be reached or read.
+        """
+        if not catalog.exists(self._objects):
+            return None
+        manifest = catalog.newest(self._objects, self.name)
+        return None if manifest is None else Checkpoint(manifest)
+
+    def checkpoint(self, step: int | None = None) -> Checkpoint:
+        """What is known of a checkpoint (None: the newest) without reading its tensors.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            CorruptError: its manifest is damaged.
+            UnavailableError: the store cannot be reached or read.
+        """
+        return Checkpoint(self._manifest(step))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint of the run, by step. Reads one manifest each.
+
+        Raises:
+            CorruptError: a manifest is damaged.
+            UnavailableError: the store cannot be reached or read.
+        """
+        return [Checkpoint(manifest) for manifest in usages.read_all(self._objects, self.name).get(self.name, [])]
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint. The bytes that no other needs go with the next collection.
+
+        Raises:
+            NotFoundError: there is no checkpoint at `step`.
+            UnavailableError: the backend failed.
+        """
+        number = check_step(step)
+        self._wait()
+        catalog.require_store(self._objects)
+        Performer(self._objects).perform(protocol.delete(self.name, number, now_text()))
+
+    def _manifest(self, step: int | None) -> Manifest:
+        if step is not None:
+            return catalog.manifest_of(self._objects, self.name, check_step(step))
+        catalog.require_store(self._objects)
+        return catalog.newest_or_raise(self._objects, self.name)
+
+    def _settle(self) -> None:
+        """Wait for a save in the background, and raise its error if nobody was told of it."""
+        pending = self._store._pending.pop(self.name, None)
+        if pending is not None:
+            pending._settle()
+
+    def _wait(self) -> None:
+        pending = self._store._pending.get(self.name)
+        if pending is not None:
+            pending._wait()

@@ -1,0 +1,199 @@
+"""Reads every byte of a store (or of a run) and says which tensor of which checkpoint is damaged. Needs no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ckptstore import chunk as chunks
+from ckptstore.catalog import read_marker
+from ckptstore.condemning import condemn_keys
+from ckptstore.errors import CheckpointError, CorruptError, UnsupportedFormatError
+from ckptstore.format import CONDEMNED, MARKER_KEY, SESSIONS, ChunkKey, ManifestKey, run_prefix
+from ckptstore.manifest import Manifest, decode_condemned, decode_manifest, decode_session
+from ckptstore.objects.base import Objects
+from ckptstore.pipeline import Stage, staged, worker_threads
+from ckptstore.skeleton import tensors
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is damaged.
+
+    Attributes:
+        run, step: the checkpoint concerned; None for an object that belongs to none.
+        path: the tensor concerned, such as "model.linear.weight"; None if it is not a tensor's chunk that is damaged.
+        key: the object.
+        reason: what is wrong with it.
+    """
+
+    run: str | None
+    step: int | None
+    path: str | None
+    key: str
+    reason: str
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """The outcome of `Store.verify`.
+
+    Attributes:
+        checkpoints: how many were verified.
+        chunks: how many chunk objects were read.
+        bytes: their size.
+        damaged: all that was found damaged; one row for each tensor of each checkpoint that needs a damaged chunk.
+        unknown: keys that are none of a store's, such as files that somebody put there; not damage.
+        marked: whether damaged chunks could be marked, so that no save takes them up again.
+    """
+
+    checkpoints: int = 0
+    chunks: int = 0
+    bytes: int = 0
+    damaged: list[Damage] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    marked: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing is damaged."""
+        return not self.damaged
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A chunk to read: its size as a manifest or the listing has it, and the checkpoints that need it."""
+
+    key: ChunkKey
+    stored: int
+    raw: int | None
+    users: list[tuple[Manifest, int]] = field(default_factory=list)
+
+
+def verify(objects: Objects, run: str | None = None, progress: Progress | None = None) -> VerifyReport:
+    """Verify a whole store, or one run and what it needs.
+
+    Raises:
+        UnavailableError: the backend failed, so nothing is known.
+        UnsupportedFormatError: an object was written by a newer ckptstore.
+    """
+    report = VerifyReport()
+    try:
+        read_marker(objects)
+    except CorruptError as error:
+        report.damaged.append(Damage(None, None, None, MARKER_KEY, str(error)))
+    sizes = {row.key: row.size for row in objects.list("" if run is None else run_prefix(run))}
+    manifests = _check_documents(objects, sorted(sizes), report)
+    wanted = _wanted_chunks(manifests, sizes)
+    report.checkpoints = len(manifests)
+    total = sum(each.stored for each in wanted)
+    reasons: dict[ChunkKey, str] = {}
+
+    def check(each: _Wanted) -> None:
+        try:
+            _check_chunk(objects, each)
+        except CorruptError as error:
+            reasons[each.key] = str(error)
+
+    def count(each: _Wanted) -> None:
+        report.chunks += 1
+        report.bytes += each.stored
+        if progress:
+            progress(report.bytes, total)
+
+    threads = max(worker_threads(), objects.request_threads)
+    staged(wanted, [Stage(check, threads)], weigh=lambda each: each.stored + (each.raw or each.stored), done=count)
+    _report_chunks(objects, [each for each in wanted if each.key in reasons], reasons, report)
+    return report
+
+
+def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) -> list[Manifest]:
+    """Read everything that is JSON; return the committed manifests."""
+    manifests: list[Manifest] = []
+    for key in keys:
+        if key == MARKER_KEY or ChunkKey.parse(key):
+            continue
+        manifest_key = ManifestKey.parse(key)
+        if manifest_key is None and not key.startswith((SESSIONS, CONDEMNED)):
+            report.unknown.append(key)
+            continue
+        content = objects.get(key)
+        if content is None:
+            continue  # ended meanwhile
+        try:
+            if manifest_key is not None:
+                value = decode_manifest(content, manifest_key)
+                if isinstance(value, Manifest):
+                    list(tensors(value.tree, [segment.bytes for segment in value.segments]))
+                    manifests.append(value)
+            elif key.startswith(SESSIONS):
+                decode_session(content, key)
+            else:
+                decode_condemned(content, key)
+        except UnsupportedFormatError:
+            raise
+        except CheckpointError as error:
+            run, step = (manifest_key.run, manifest_key.step) if manifest_key else (None, None)
+            report.damaged.append(Damage(run, step, None, key, str(error)))
+    return manifests
+
+
+def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int]) -> list[_Wanted]:
+    """Every chunk that a manifest needs, and every other one: a save might take it up."""
+    wanted: dict[ChunkKey, _Wanted] = {}
+    for manifest in manifests:
+        for index, ref in enumerate(manifest.chunks):
+            key = ChunkKey(ref.digest, ref.save)
+            wanted.setdefault(key, _Wanted(key, ref.stored, ref.raw)).users.append((manifest, index))
+    for name, size in sizes.items():
+        listed = ChunkKey.parse(name)
+        if listed is not None:
+            wanted.setdefault(listed, _Wanted(listed, size, None))
+    return sorted(wanted.values(), key=lambda each: each.key)
+
+
+def _check_chunk(objects: Objects, wanted: _Wanted) -> None:
+    content = objects.get(str(wanted.key))
+    if content is None:
+        if wanted.raw is None:
+            return  # no manifest needs it: a collection has taken it meanwhile
+        raise CorruptError("it is not in the store")
+    if wanted.raw is not None and len(content) != wanted.stored:
+        raise CorruptError(f"it has {len(content)} bytes in place of {wanted.stored}")
+    raw_bytes = chunks.raw_length(content) if wanted.raw is None else wanted.raw
+    chunks.decode(content, wanted.key.digest, np.empty(raw_bytes, np.uint8))
+
+
+def _report_chunks(
+    objects: Objects, damaged: list[_Wanted], reasons: dict[ChunkKey, str], report: VerifyReport
+) -> None:
+    still_there: dict[ManifestKey, bool] = {}
+    condemned: list[str] = []
+    for each in damaged:
+        rows = []
+        for manifest, index in each.users:
+            # A checkpoint that was deleted while it was verified is not damaged.
+            if manifest.key not in still_there:
+                still_there[manifest.key] = _stands(objects, manifest)
+            if still_there[manifest.key]:
+                rows += [
+                    Damage(manifest.run, manifest.step, path, str(each.key), reasons[each.key])
+                    for path in _paths(manifest, index)
+                ]
+        if rows or not each.users:
+            report.damaged += rows or [Damage(None, None, None, str(each.key), reasons[each.key])]
+            condemned.append(str(each.key))
+    report.marked = condemn_keys(objects, condemned)
+
+
+def _stands(objects: Objects, manifest: Manifest) -> bool:
+    content = objects.get(str(manifest.key))
+    return content is not None and isinstance(decode_manifest(content, manifest.key), Manifest)
+
+
+def _paths(manifest: Manifest, index: int) -> list[str]:
+    segments = {number for number, segment in enumerate(manifest.segments) if index in segment.chunks}
+    lengths = [segment.bytes for segment in manifest.segments]
+    return [path for path, node in tensors(manifest.tree, lengths) if node.segment in segments]
