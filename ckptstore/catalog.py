@@ -33,18 +33,19 @@ def read_marker(objects: Objects) -> Marker | None:
     return None
 
 
-def exists(objects: Objects) -> bool:
-    """Whether there is a store. A damaged marker is a warning here: no checkpoint depends on what it says."""
+def exists(objects: Objects, *, warn: bool = True) -> bool:
+    """Whether there is a store. A damaged marker is only a warning: no checkpoint depends on what it says."""
     try:
         return read_marker(objects) is not None
     except CorruptError as error:
-        warnings.warn(CheckpointWarning(f"{error} Reading goes on without it."), stacklevel=3)
+        if warn:
+            warnings.warn(CheckpointWarning(f"{error} Reading goes on without it."), stacklevel=4)
         return True
 
 
-def require_store(objects: Objects) -> None:
+def require_store(objects: Objects, *, warn: bool = True) -> None:
     """Raise NotFoundError if there is no store."""
-    if not exists(objects):
+    if not exists(objects, warn=warn):
         raise NotFoundError(f"{objects.url} is not a ckptstore store, or nothing was ever saved there. Check the URL.")
 
 

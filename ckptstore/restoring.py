@@ -67,12 +67,13 @@ def restore(
         NotFoundError, CorruptError: `step` is not there, or is damaged; or every checkpoint of the run is damaged.
     """
     damage: list[CorruptError] = []
-    touched = False
+    touched, told = False, 0
     for found in _candidates(objects, run, step):
         if isinstance(found, CorruptError):
             damage.append(found)
             continue
-        _warn(damage, found)
+        _warn(damage[told:], found)
+        told = len(damage)
         plan = _Plan(found, match(destination, found))
         try:
             plan.matched.check(found, strict=strict)
@@ -115,11 +116,7 @@ def _candidates(objects: Objects, run: str, step: int | None) -> Iterator[Manife
 def _warn(damage: Sequence[CorruptError], going_back_to: Manifest) -> None:
     """Say what was damaged, once it is known where the restore goes on."""
     for error in damage:
-        if not getattr(error, "_told", False):
-            error._told = True  # type: ignore[attr-defined]
-            warnings.warn(
-                CheckpointWarning(f"damaged: {error}. Going back to step {going_back_to.step}."), stacklevel=5
-            )
+        warnings.warn(CheckpointWarning(f"damaged: {error}. Going back to step {going_back_to.step}."), stacklevel=4)
 
 
 class _Plan:

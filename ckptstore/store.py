@@ -90,7 +90,7 @@ class Store:
             UnsupportedFormatError: an object was written by a newer ckptstore.
         """
         if run is None:
-            catalog.require_store(self._objects)
+            catalog.require_store(self._objects, warn=False)  # the report says it
         elif not catalog.list_run(self._objects, check_run_name(run)).by_step:
             catalog.manifest_of(self._objects, run, 0)  # raises what fits: no store, or no such run
         return verifying.verify(self._objects, run, progress)

@@ -1,0 +1,220 @@
+"""Any byte flipped, cut off or missing, in any object: verify names it, and restore goes back to what is sound."""
+
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+import ckptstore
+from ckptstore.errors import CheckpointWarning
+from ckptstore.objects.memory import MemoryObjects
+
+
+def state(step: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "weight": torch.randn(8, 4, generator=generator),
+        "zeros": torch.full((64,), step, dtype=torch.int64),
+        "bytes": torch.randint(0, 255, (16,), dtype=torch.uint8, generator=generator),
+        "step": step,
+    }
+
+
+class SmallStore:
+    """Two checkpoints without a chunk in common, and a way to put everything back as it was."""
+
+    def __init__(self) -> None:
+        self.place = MemoryObjects(f"memory://{uuid.uuid4().hex}")
+        self.run = ckptstore.Store(self.place).run("run")
+        for step in (1, 2):
+            self.run.save(state(step), step=step)
+        self.content = {row.key: self.place.get(row.key) or b"" for row in self.place.list("")}
+
+    def reset(self) -> None:
+        for row in self.place.list(""):
+            if row.key not in self.content:
+                self.place.delete(row.key)
+        for key, content in self.content.items():
+            if self.place.get(key) != content:
+                self.place.put(key, content)
+
+    def belongs_to(self, key: str) -> int:
+        """Which of the steps an object is of; 0 for the marker."""
+        if key.startswith("runs/"):
+            return int(key.split("/")[2][:20])
+        return next((step for step in (1, 2) if any(key == ref.key for ref in self.refs(step))), 0)
+
+    def refs(self, step: int) -> list[Any]:
+        return self.run.checkpoint(step)._manifest.chunks
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[SmallStore]:
+    store = SmallStore()
+    yield store
+    MemoryFileSystem.store.clear()
+
+
+def check(small: SmallStore, key: str, of: int) -> None:
+    """Verify must name the object; a restore must come from the other step, or be right."""
+    report = ckptstore.Store(small.place).verify()
+    assert not report.ok
+    assert {found.key for found in report.damaged} == {key}
+    if key.startswith("chunks/"):
+        assert all(found.step == of and found.path for found in report.damaged)
+    destination = {name: torch.zeros_like(value) for name, value in state(0).items() if name != "step"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = small.run.restore(destination)
+    assert found is not None
+    expected = 1 if of == 2 else 2
+    assert found.step == found.state["step"] == expected
+    assert all(torch.equal(value, state(expected)[name]) for name, value in destination.items())
+    told = [str(each.message) for each in caught if each.category is CheckpointWarning]
+    assert len(told) == (1 if of != 1 else 0)  # the older checkpoint was not looked at
+    if of == 2:
+        assert key in told[0]
+        assert "Going back to step 1" in told[0]
+
+
+def test_every_flipped_byte_of_every_object(small: SmallStore) -> None:
+    for key, content in small.content.items():
+        of = small.belongs_to(key)
+        for position in range(len(content)):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << (position % 8)
+            small.place.put(key, bytes(damaged))
+            check(small, key, of)
+            small.reset()
+
+
+def test_every_object_cut_off_anywhere(small: SmallStore) -> None:
+    for key, content in small.content.items():
+        of = small.belongs_to(key)
+        for length in {*range(0, len(content), 7), len(content) - 1}:
+            small.place.put(key, content[:length])
+            check(small, key, of)
+            small.reset()
+
+
+def test_every_object_with_bytes_added(small: SmallStore) -> None:
+    for key, content in small.content.items():
+        small.place.put(key, content + b"\0")
+        check(small, key, small.belongs_to(key))
+        small.reset()
+
+
+def test_every_missing_chunk(small: SmallStore) -> None:
+    for key in [key for key in small.content if key.startswith("chunks/")]:
+        small.place.delete(key)
+        check(small, key, small.belongs_to(key))
+        small.reset()
+
+
+def test_a_missing_marker(small: SmallStore) -> None:
+    small.place.delete("ckptstore.json")
+    check(small, "ckptstore.json", 0)
+    small.reset()
+
+
+def test_two_chunks_that_changed_places(small: SmallStore) -> None:
+    one, other = (ref.key for ref in small.refs(2)[:2])
+    small.place.put(one, small.content[other])
+    small.place.put(other, small.content[one])
+    assert {found.key for found in ckptstore.Store(small.place).verify().damaged} == {one, other}
+    small.reset()
+
+
+def test_a_manifest_in_the_place_of_another(small: SmallStore) -> None:
+    one, other = (key for key in small.content if key.startswith("runs/"))
+    small.place.put(other, small.content[one])
+    check(small, other, small.belongs_to(other))
+    small.reset()
+
+
+@pytest.fixture
+def damaged() -> tuple[SmallStore, str]:
+    """A store whose newest checkpoint has a damaged chunk."""
+    small = SmallStore()
+    key = next(found.key for found in small.refs(2))
+    small.place.put(key, b"nonsense")
+    return small, key
+
+
+def restored(small: SmallStore) -> ckptstore.Checkpoint | None:
+    with pytest.warns(CheckpointWarning, match="damaged: step 2 of run 'run'"):
+        return small.run.restore({"weight": torch.zeros(8, 4), "zeros": torch.zeros(64, dtype=torch.int64),
+                                  "bytes": torch.zeros(16, dtype=torch.uint8)})  # fmt: skip
+
+
+def verified(small: SmallStore) -> object:
+    return ckptstore.Store(small.place).verify()
+
+
+def loaded(small: SmallStore) -> object:
+    with pytest.raises(ckptstore.CorruptError) as caught:
+        small.run.load(step=2)
+    return caught
+
+
+@pytest.mark.parametrize("find", [restored, verified, loaded])
+@pytest.mark.parametrize("same_state", [True, False])
+def test_a_training_that_went_back_saves_a_good_copy(
+    damaged: tuple[SmallStore, str], find: Callable[[SmallStore], object], same_state: bool
+) -> None:
+    small, key = damaged
+    find(small)
+    new = state(2) if same_state else state(3)
+    saved = small.run.save(new, step=2)  # no ConflictError, and no chunk taken from the damaged checkpoint
+    assert key not in {ref.key for ref in saved._manifest.chunks}
+    assert torch.equal(small.run.load(step=2)["weight"], new["weight"])
+    other = small.run.save(state(2), step=4)
+    assert torch.equal(small.run.load(step=4)["weight"], state(2)["weight"])
+    assert key not in {ref.key for ref in other._manifest.chunks}
+
+
+def restore_quietly(small: SmallStore, destination: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small.run.restore(destination)
+
+
+def test_where_nothing_verifies_the_error_says_that_the_destination_is_mixed() -> None:
+    small = SmallStore()
+    for key, content in small.content.items():
+        if key.startswith("runs/"):
+            small.place.put(key, content[:-1])
+    destination = {"weight": torch.zeros(8, 4)}
+    with pytest.raises(ckptstore.CorruptError, match=r"no checkpoint of run 'run' can be restored.*was not changed"):
+        restore_quietly(small, destination)
+    large = torch.randn(300, 300)
+    small.run.save({"weight": large}, step=3)
+    [ref] = small.refs(3)
+    small.place.put(ref.key, b"nonsense")
+    for key in small.content:
+        if key.startswith("runs/"):
+            small.place.delete(key)
+    with pytest.raises(ckptstore.CorruptError, match="holds parts of a damaged checkpoint now and must not be used"):
+        restore_quietly(small, {"weight": torch.zeros(300, 300)})
+
+
+def test_damage_of_the_way_is_mended_by_reading_again() -> None:
+    small = SmallStore()
+
+    class Flaky(MemoryObjects):
+        seen: set[str] = set()  # noqa: RUF012
+
+        def get(self, key: str) -> bytes | None:
+            content = super().get(key)
+            if content is None or not key.startswith("chunks/") or key in self.seen:
+                return content
+            self.seen.add(key)
+            return content[:-1] + bytes([content[-1] ^ 1])
+
+    run = ckptstore.Store(Flaky(small.place.url)).run("run")
+    assert torch.equal(run.load(step=2)["weight"], state(2)["weight"])
+    assert small.place.list("condemned/") == []

@@ -1,0 +1,99 @@
+"""Stages on threads: order, bounds, and the first failure that stops the rest."""
+
+import threading
+import time
+
+import pytest
+
+from ckptstore.pipeline import Stage, each, staged
+
+
+class Broken(BaseException):
+    """Not an Exception, as an interrupt is none."""
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    def slow_first(item: int) -> int:
+        time.sleep(0.02 if item == 0 else 0)
+        return item * 10
+
+    assert each(slow_first, range(20), threads=4) == [item * 10 for item in range(20)]
+
+
+def test_each_stage_gets_what_the_one_before_returned() -> None:
+    stages = [Stage(lambda item: item + 1, 2), Stage(lambda item: item * 10, 3), Stage(str, 1)]
+    assert staged(range(5), stages) == ["10", "20", "30", "40", "50"]
+
+
+def test_no_items_are_no_work() -> None:
+    assert staged([], [Stage(lambda item: item, 2)]) == []
+
+
+def test_items_under_way_weigh_no_more_than_the_bound() -> None:
+    lock = threading.Lock()
+    held, most = 0, 0
+
+    def begin(item: int) -> int:
+        nonlocal held, most
+        with lock:
+            held += item
+            most = max(most, held)
+        return item
+
+    def end(item: int) -> None:
+        nonlocal held
+        time.sleep(0.001)
+        with lock:
+            held -= item
+
+    stages = [Stage(begin, 8), Stage(end, 2)]
+    staged([3, 4, 5] * 20, stages, weigh=lambda item: item, max_inflight_bytes=10)
+    assert 5 < most <= 10
+
+
+def test_an_item_heavier_than_the_bound_goes_alone() -> None:
+    stages = [Stage(lambda item: item, 4)]
+    assert staged([100, 1, 100], stages, weigh=lambda item: item, max_inflight_bytes=10) == [100, 1, 100]
+
+
+@pytest.mark.parametrize("failing_stage", [0, 1])
+def test_the_first_failure_reaches_the_caller_and_stops_the_rest(failing_stage: int) -> None:
+    seen: list[int] = []
+
+    def work(item: int) -> int:
+        seen.append(item)
+        return item
+
+    def fail(item: int) -> int:
+        if item == 3:
+            raise Broken("item 3")
+        return item
+
+    stages = [Stage(work, 1), Stage(work, 1)]
+    stages[failing_stage] = Stage(fail, 1)
+    before = threading.active_count()
+    with pytest.raises(Broken, match="item 3"):
+        staged(range(10_000), stages, weigh=lambda item: 1, max_inflight_bytes=4)
+    assert len(seen) < 100
+    assert threading.active_count() == before
+
+
+def test_done_is_told_of_each_item_one_call_at_a_time() -> None:
+    told: list[int] = []
+    busy = threading.Lock()
+
+    def done(item: int) -> None:
+        assert busy.acquire(blocking=False)
+        told.append(item)
+        busy.release()
+
+    staged(range(200), [Stage(lambda item: item, 8)], done=done)
+    assert sorted(told) == list(range(200))
+
+
+def test_a_failing_progress_callback_is_a_failure_too() -> None:
+    def done(item: int) -> None:
+        raise Broken("the bar broke")
+
+    with pytest.raises(Broken, match="the bar broke"):
+        staged(range(5), [Stage(lambda item: item, 2)], done=done)
