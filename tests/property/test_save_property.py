@@ -1,0 +1,75 @@
+"""Any tree of any leaves, saved and loaded through a real store, comes back the same: types, bits, order, sharing."""
+
+import uuid
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ckptstore
+from ckptstore.format import DEFAULT_SMALL_BYTES
+from ckptstore.manifest import Marker, encode
+from ckptstore.objects.memory import MemoryObjects
+from ckptstore.writer import now_text
+from tests.strategies import assert_same, state_trees, tensors
+
+
+def new_run(chunk_bytes: int, small_bytes: int) -> ckptstore.Run:
+    """A run in a store with such sizes, so that small tensors take many chunks, or none is bundled."""
+    place = MemoryObjects(f"memory://{uuid.uuid4().hex}")
+    marker = Marker(store=uuid.uuid4().hex, created=now_text(), chunk_bytes=chunk_bytes, small_bytes=small_bytes)
+    assert place.create("ckptstore.json", encode(marker))
+    return ckptstore.Store(place).run("run")
+
+
+SIZES = [(2**20, DEFAULT_SMALL_BYTES), (16, 8), (48, 1)]
+
+
+@given(state=state_trees(), sizes=st.sampled_from(SIZES))
+def test_what_goes_in_comes_out(state: Any, sizes: tuple[int, int]) -> None:
+    run = new_run(*sizes)
+    saved = run.save(state, step=1)
+    found = run.load()
+    assert_same(found, state)
+    # Saving what was loaded is the same state: nothing is lost that would show only the second time.
+    again = run.save(found, step=2)
+    assert again.new_bytes == 0
+    assert again._manifest.content == saved._manifest.content
+
+
+@given(state=state_trees(), sizes=st.sampled_from(SIZES))
+def test_a_copy_in_the_background_is_the_same(state: Any, sizes: tuple[int, int]) -> None:
+    run = new_run(*sizes)
+    pending = run.save_async(state, step=1)
+    pending.result()
+    assert_same(run.load(), state)
+
+
+@given(saved=st.lists(tensors(), min_size=1, max_size=4), data=st.data())
+def test_restore_fills_tensors_of_any_layout(saved: list[torch.Tensor], data: Any) -> None:
+    """The destination is contiguous, as saved, or every second element of larger memory; also shared by two."""
+    run = new_run(64, 8)
+    run.save(saved, step=1)
+    destination = [data.draw(st.sampled_from([contiguous, in_larger_memory]))(tensor) for tensor in saved]
+    assert run.restore(destination) is not None
+    for found, wanted in zip(destination, saved, strict=True):
+        assert_same(found.detach().clone(), wanted.detach().clone(memory_format=torch.contiguous_format))
+
+
+def contiguous(like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(like.shape, dtype=torch.uint8).to(like.dtype) if like.numel() else torch.empty_like(like)
+
+
+def in_larger_memory(like: torch.Tensor) -> torch.Tensor:
+    room = torch.zeros((*like.shape, 2), dtype=torch.uint8).to(like.dtype)
+    return room[..., 1]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 2**16 - 4, 2**16, 2**16 + 4, 2**20 + 12])
+def test_sizes_around_those_of_bundles_and_chunks(size: int) -> None:
+    run = ckptstore.Store(f"memory://{uuid.uuid4().hex}").run("run")
+    state = {"tensor": torch.arange(size, dtype=torch.uint8), "small": torch.ones(3)}
+    run.save(state, step=0)
+    assert_same(run.load(), state)
