@@ -13,7 +13,8 @@ import torch
 
 from ckptstore.errors import InvalidInputError
 from ckptstore.manifest import Manifest
-from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, is_tensor, join, leaves
+from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, join, tensor_places
+from ckptstore.skeleton import tensors as tensors_below
 from ckptstore.tree import TORCH_DTYPES, decode_hashable, is_plain_tensor, is_stateful
 
 _SHOWN = 12
@@ -132,25 +133,22 @@ class _Matcher:
 
     def _stateful(self, live: Any, node: Any, path: str) -> None:
         if isinstance(live, torch.nn.Module):
-            tensors = self._module(live, node, path)
+            own = self._module(live, node, path)
         elif isinstance(live, torch.optim.Optimizer):
             self._check_groups(live, node, path)
-            tensors = dict(_unique(_tensors_below(live.state_dict(), path)))
+            own = dict(_unique(_tensors_below(live.state_dict(), path)))
         else:
-            tensors = {}  # whether its state dict is the state or a copy of it is not known
-        saved = Counter(name for name, below in leaves(node, path) if is_tensor(below))
+            own = {}  # whether its state dict is the state or a copy of it is not known
+        saved = Counter(name for name, _ in tensor_places(node, path))
         slots: dict[str, Slot] = {}
-        for name, below in leaves(node, path):
-            if not is_tensor(below):
-                continue
-            described = TensorNode.from_json(below, name, self._segment_bytes)
-            own = tensors.get(name) if saved[name] == 1 else None
-            if own is None:
+        for name, described in tensors_below(node, self._segment_bytes, path):
+            tensor = own.get(name) if saved[name] == 1 else None
+            if tensor is None:
                 self.found.others.append(described)
-            elif problem := _misfit(own, described):
+            elif problem := _misfit(tensor, described):
                 self.found.problems.append(f"{name} {problem}")
             else:
-                slots[name] = Slot(name, described, own)
+                slots[name] = Slot(name, described, tensor)
         self.found.slots += slots.values()
         self.found.statefuls.append(StatefulMatch(path, live, node, slots))
 

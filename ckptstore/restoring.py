@@ -16,7 +16,7 @@ from ckptstore.kernels import ByteArray
 from ckptstore.manifest import Manifest
 from ckptstore.matching import Match, Slot, match
 from ckptstore.objects.base import Objects
-from ckptstore.skeleton import TensorNode, contiguous_stride, find, is_tensor, leaves
+from ckptstore.skeleton import TensorNode, contiguous_stride, find, tensors
 from ckptstore.tree import unflatten
 
 Progress = Callable[[int, int], None]
@@ -40,15 +40,14 @@ def load(
     path = only or ""
     lengths = [segment.bytes for segment in manifest.segments]
     assembly = Assembly(manifest, device)
-    for name, below in leaves(node, path):
-        if is_tensor(below):
-            assembly.want(TensorNode.from_json(below, name, lengths))
+    for _, tensor in tensors(node, lengths, path):
+        assembly.want(tensor)
     try:
         assembly.fill(objects, _counted(assembly, progress))
     except CorruptError as error:
         condemn_corrupt(objects, error)
         raise
-    return unflatten(node, lambda tensor, _: assembly.value(tensor), lengths, path)
+    return unflatten(node, lambda described, _: assembly.value(described), lengths, path)
 
 
 def restore(
@@ -194,7 +193,11 @@ def _put_in_place(plan: _Plan, *, strict: bool) -> None:
         for slot in plan.copies:
             saved = plan.assembly.value(slot.node)
             if isinstance(slot.live, torch.Tensor):
-                slot.live.copy_(saved)
+                # As bytes where a number is one: torch cannot copy every small float.
+                as_bytes = saved.element_size() == 1
+                (slot.live.view(torch.uint8) if as_bytes else slot.live).copy_(
+                    saved.view(torch.uint8) if as_bytes else saved
+                )
             else:
                 np.copyto(slot.live, saved)
     lengths = [segment.bytes for segment in plan.manifest.segments]
