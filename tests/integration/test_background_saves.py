@@ -1,0 +1,150 @@
+"""save_async: a copy is saved while the state changes; errors reach the caller; nothing is lost at exit."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckptstore
+from ckptstore import performing
+from ckptstore.objects.base import Objects
+from ckptstore.objects.open import open_objects
+from ckptstore.testing import FailingObjects, RecordingObjects
+
+
+@pytest.fixture
+def place() -> Objects:
+    return open_objects(f"memory://{uuid.uuid4().hex}")
+
+
+class Slow(RecordingObjects):
+    """Puts of chunks wait until they are let go."""
+
+    def __init__(self, inner: Objects) -> None:
+        super().__init__(inner)
+        self.go = threading.Event()
+
+    def put(self, key: str, content: Any) -> None:
+        if key.startswith("chunks/"):
+            assert self.go.wait(30)
+        super().put(key, content)
+
+
+def test_the_state_may_change_while_it_is_saved(place: Objects) -> None:
+    slow = Slow(place)
+    run = ckptstore.Store(slow).run("run")
+    weight, bias, words = torch.zeros(300, 300), torch.zeros(3), [1, 2]
+    pending = run.save_async({"weight": weight, "bias": bias, "words": words}, step=1, metrics={"loss": 1.0})
+    weight.fill_(1)
+    bias.fill_(1)
+    words.append(3)
+    assert not pending.done()
+    assert "under way" in repr(pending)
+    slow.go.set()
+    checkpoint = pending.result()
+    assert (checkpoint.step, checkpoint.metrics) == (1, {"loss": 1.0})
+    loaded = run.load()
+    assert loaded["weight"].sum() == loaded["bias"].sum() == 0
+    assert loaded["words"] == [1, 2]
+    assert pending.done()
+    assert "saved" in repr(pending)
+
+
+def test_result_can_be_waited_for_a_while(place: Objects) -> None:
+    slow = Slow(place)
+    pending = ckptstore.Store(slow).run("run").save_async({"x": torch.ones(3)}, step=1)
+    with pytest.raises(TimeoutError, match="step 1 of run 'run' is still under way"):
+        pending.result(timeout=0.01)
+    slow.go.set()
+    assert pending.result().step == 1
+    assert pending.result().step == 1
+
+
+def test_what_cannot_be_saved_is_told_at_once(place: Objects) -> None:
+    with pytest.raises(ckptstore.InvalidInputError, match="hook is a function"):
+        ckptstore.Store(place).run("run").save_async({"hook": lambda: 1}, step=1)
+
+
+def test_the_next_save_waits_for_the_one_before(place: Objects) -> None:
+    slow = Slow(place)
+    run = ckptstore.Store(slow).run("run")
+    run.save_async({"x": torch.ones(3)}, step=1)
+    threading.Timer(0.2, slow.go.set).start()
+    run.save({"x": torch.zeros(3)}, step=2)
+    assert run.steps() == [1, 2]
+
+
+def test_restore_and_load_wait_for_a_save_under_way(place: Objects) -> None:
+    slow = Slow(place)
+    run = ckptstore.Store(slow).run("run")
+    run.save_async({"x": torch.ones(3)}, step=1)
+    threading.Timer(0.2, slow.go.set).start()
+    x = torch.zeros(3)
+    assert run.restore({"x": x}) is not None
+    assert x.tolist() == [1, 1, 1]
+
+
+def test_an_error_is_raised_by_result(place: Objects) -> None:
+    run = ckptstore.Store(FailingObjects(place, fail_at=6)).run("run")
+    pending = run.save_async({"x": torch.ones(3)}, step=1)
+    with pytest.raises(ckptstore.UnavailableError):
+        pending.result()
+    assert "failed" in repr(pending)
+    assert run.save({"x": torch.ones(3)}, step=1).step == 1  # told already, so the next one just saves
+
+
+def test_an_error_that_nobody_asked_for_is_raised_by_the_next_save(place: Objects) -> None:
+    store = ckptstore.Store(FailingObjects(place, fail_at=6))
+    store.run("run").save_async({"x": torch.ones(3)}, step=1)
+    with pytest.raises(ckptstore.UnavailableError, match=r"step 1 of run 'run' failed in the background: .*asked for"):
+        store.run("run").save({"x": torch.zeros(3)}, step=2)
+    assert store.run("run").save({"x": torch.zeros(3)}, step=2).step == 2
+
+
+def test_a_long_save_keeps_its_session_beating(place: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(performing, "BEAT_SECONDS", 0.01)
+    slow = Slow(place)
+    pending = ckptstore.Store(slow).run("run").save_async({"x": torch.ones(3)}, step=1)
+    while len([key for key in slow.keys("put") if key.startswith("sessions/")]) < 4:
+        assert not pending.done()
+    slow.go.set()
+    pending.result()
+    assert place.list("sessions/") == []
+
+
+def child(script: str, folder: Path, *, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(folder)], capture_output=True, text=True, check=check
+    )
+
+
+def test_an_interpreter_that_ends_waits_for_the_save(tmp_path: Path) -> None:
+    script = """
+        import sys, time, torch, ckptstore
+        from ckptstore.objects.local import LocalObjects
+        class Slow(LocalObjects):
+            def put(self, key, content):
+                time.sleep(0.3)
+                super().put(key, content)
+        ckptstore.Store(Slow(sys.argv[1])).run("run").save_async({"x": torch.ones(300, 300)}, step=1)
+        raise SystemExit(3)
+    """
+    assert child(script, tmp_path / "store", check=False).returncode == 3
+    assert ckptstore.Store(tmp_path / "store").run("run").load()["x"].sum() == 90_000
+
+
+def test_an_error_that_nobody_asked_for_is_printed_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    script = """
+        import sys, torch, ckptstore
+        ckptstore.Store(sys.argv[1]).run("run").save_async({"x": torch.ones(3)}, step=17)
+    """
+    ended = child(script, tmp_path / "file")
+    assert "the save of step 17 of run 'run' FAILED in the background, and nobody asked" in ended.stderr
+    assert "is a file, but a store is a folder" in ended.stderr
