@@ -4,7 +4,7 @@ import itertools
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -97,12 +97,13 @@ def test_the_very_first_save_killed_at_any_call(new_place: Callable[[], Objects]
 
 
 def test_any_call_failing_once_is_an_error_or_a_success_that_holds(new_place: Callable[[], Objects]) -> None:
-    for how in ("before", "after"):
+    hows: list[Literal["before", "after"]] = ["before", "after"]
+    for how in hows:
         for fail_at in itertools.count(1):
             place = new_place()
             run = ckptstore.Store(place).run("run")
             run.save(state(1), step=1)
-            broken = FailingObjects(place, fail_at=fail_at, how=how)  # type: ignore[arg-type]
+            broken = FailingObjects(place, fail_at=fail_at, how=how)
             try:
                 saved = ckptstore.Store(broken).run("run").save(state(2), step=2)
             except ckptstore.UnavailableError:

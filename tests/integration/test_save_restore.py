@@ -124,15 +124,15 @@ def test_arrays_and_nested_tensors_are_filled_in_place(run: ckptstore.Run) -> No
         "ordered": OrderedDict(a=torch.ones(1)),
     }
     run.save(state, step=1)
-    destination = {
+    destination: dict[str, Any] = {
         "array": np.zeros(5),
         "pair": (torch.zeros(3, 2).t(), torch.ones(1)),
         "ordered": {"a": torch.zeros(1)},
     }
     run.restore(destination)
-    assert destination["array"].tolist() == [0, 1, 2, 3, 4]  # type: ignore[union-attr]
+    assert destination["array"].tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(destination["pair"][0], torch.ones(2, 3))  # type: ignore[call-overload]
-    assert destination["ordered"]["a"].item() == 1  # type: ignore[call-overload]
+    assert destination["ordered"]["a"].item() == 1
 
 
 def test_tied_weights_come_back_tied_by_load_and_are_stored_once(run: ckptstore.Run) -> None:

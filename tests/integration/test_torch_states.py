@@ -62,7 +62,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range
         def closure(batch: torch.Tensor = batch) -> torch.Tensor:
             optimizer.zero_grad()
             loss: torch.Tensor = model(batch).square().mean()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
         optimizer.step(closure)  # type: ignore[arg-type]
@@ -110,7 +110,8 @@ def test_learning_rates_go_on_the_same_with_every_scheduler(run: ckptstore.Run, 
 
 def test_grad_scaler_ema_and_batch_norm(run: ckptstore.Run) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
-    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    averaging = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)  # type: ignore[no-untyped-call]
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=averaging)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     model(torch.randn(6, 4))
     ema.update_parameters(model)
@@ -230,7 +231,7 @@ def test_a_module_that_renames_old_keys_by_a_hook_is_left_to_its_hook(run: ckpts
         def __init__(self) -> None:
             super().__init__()
             self.new = torch.nn.Linear(2, 2)
-            self.register_load_state_dict_pre_hook(self._rename)
+            self.register_load_state_dict_pre_hook(self._rename)  # type: ignore[no-untyped-call]
 
         @staticmethod
         def _rename(module: Any, state_dict: dict[str, Any], *rest: Any) -> None:

@@ -1,0 +1,51 @@
+"""Stores of every format version that was ever released can be read, and still hold what they held."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckptstore
+from ckptstore.format import FORMAT_VERSION
+from tests.golden import states
+from tests.strategies import assert_same
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VERSIONS = range(1, FORMAT_VERSION + 1)
+RUN = "run_1.a+b=c,d-e"
+
+
+@pytest.fixture(params=VERSIONS, ids=lambda version: f"v{version}")
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[int, Path]:
+    return request.param, shutil.copytree(GOLDEN / f"v{request.param}", tmp_path / "store")
+
+
+def test_every_version_has_a_golden_store() -> None:
+    assert sorted(path.name for path in GOLDEN.glob("v*")) == [f"v{version}" for version in VERSIONS]
+
+
+def test_its_checkpoints_are_what_they_were(golden: tuple[int, Path]) -> None:
+    version, root = golden
+    run = ckptstore.Store(root).run(RUN)
+    assert run.steps() == [0, 7]
+    assert_same(run.load(7), getattr(states, f"version_{version}")())
+    assert torch.equal(run.load(0)["first"], torch.linspace(-1, 1, 6000))
+    checkpoint = run.checkpoint()
+    assert checkpoint.step == 7
+    assert checkpoint.metrics["loss"] == 0.25
+    assert checkpoint.metrics["bad"] != checkpoint.metrics["bad"]
+    assert checkpoint.metadata == {"note": "golden", "sizes": [1, 2]}
+
+
+def test_it_verifies_and_can_be_saved_into(golden: tuple[int, Path]) -> None:
+    version, root = golden
+    report = ckptstore.Store(root).verify()
+    assert report.ok
+    assert report.checkpoints == 2
+    assert not report.unknown
+    run = ckptstore.Store(root).run(RUN)
+    saved = run.save(getattr(states, f"version_{version}")(), step=10)
+    if version == FORMAT_VERSION:
+        assert saved.new_bytes == 0  # chunks are named by what they hold, so nothing is uploaded again
+    assert_same(run.load(), run.load(7))
