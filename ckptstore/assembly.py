@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ckptstore import chunk as chunks
-from ckptstore.errors import CorruptError, MissingChunkError
+from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError
 from ckptstore.kernels import ByteArray
 from ckptstore.manifest import ChunkRef, Manifest
 from ckptstore.objects.base import Objects
@@ -38,7 +38,12 @@ class Assembly:
     def __init__(self, manifest: Manifest, device: "torch.device | str" = "cpu") -> None:
         """`device`: where tensors are put that have no place of their own."""
         self.manifest = manifest
-        self._device = torch.device(device)
+        try:
+            self._device = torch.device(device)
+        except RuntimeError as error:
+            raise InvalidInputError(f"{device!r} is no device: {error}") from error
+        self.has_written = False
+        """Whether any wanted memory may have been written to."""
         self._memory: dict[int, ByteArray] = {}
         self._storages: dict[int, torch.Tensor] = {}
         self._moved: dict[int, torch.Tensor] = {}
@@ -79,6 +84,7 @@ class Assembly:
 
         def write(fetched: tuple[_Job, bytes]) -> None:
             job, content = fetched
+            self.has_written = True
             with self._named(job):
                 try:
                     _write(job, content)

@@ -116,7 +116,7 @@ def manifest_of(objects: Objects, run: str, step: int) -> Manifest:
     if damaged:
         raise CorruptError(
             f"the manifest of step {step} of run {run!r} is damaged ({damaged[0]}). Load another step: "
-            f"{_some_steps(rows)}."
+            f"{_some_steps(rows, but=step)}."
         )
     require_store(objects)
     raise NotFoundError(
@@ -130,10 +130,10 @@ def newest_first(objects: Objects, run: str) -> Iterator[Manifest | CorruptError
     """The manifests of a run from the newest step down; an error in the place of one that cannot be read."""
     for step, rows in reversed(list_run(objects, run).by_step.items()):
         manifest, damaged = read_step(objects, rows)
+        for key in damaged:
+            yield CorruptError(f"step {step} of run {run!r}: its manifest {key} is damaged or cut off")
         if manifest is not None:
             yield manifest
-        elif damaged:
-            yield CorruptError(f"step {step} of run {run!r}: its manifest {damaged[0]} is damaged or cut off")
 
 
 def newest(objects: Objects, run: str) -> Manifest | None:
@@ -153,10 +153,10 @@ def newest(objects: Objects, run: str) -> Manifest | None:
     return None
 
 
-def _some_steps(rows: RunRows) -> str:
-    steps = [str(step) for step in rows.committed_steps()]
+def _some_steps(rows: RunRows, but: int | None = None) -> str:
+    steps = [str(step) for step in rows.committed_steps() if step != but]
     shown = ", ".join(steps if len(steps) <= 10 else [*steps[:3], "…", *steps[-5:]])
-    return f"steps {shown}" if shown else "no other"
+    return f"steps {shown}" if shown else "there is no other"
 
 
 def newest_or_raise(objects: Objects, run: str) -> Manifest:

@@ -8,8 +8,8 @@ import contextlib
 from collections.abc import Iterable
 
 from ckptstore.errors import CorruptError, UnavailableError
-from ckptstore.format import condemned_key, new_save_id
-from ckptstore.manifest import Condemned, encode
+from ckptstore.format import CONDEMNED, condemned_key, new_save_id
+from ckptstore.manifest import Condemned, decode_condemned, encode
 from ckptstore.objects.base import Objects
 from ckptstore.writer import now_text
 
@@ -21,11 +21,25 @@ def condemn_corrupt(objects: Objects, *errors: CorruptError) -> bool:
 
 def condemn_keys(objects: Objects, keys: Iterable[str]) -> bool:
     """Mark chunk keys as corrupt."""
-    named = sorted(set(keys))
-    if not named:
+    wanted = set(keys)
+    if not wanted:
         return True
-    mark = new_save_id()
-    condemned = Condemned(collection=mark, reason="corrupt", created=now_text(), keys=named)
     with contextlib.suppress(UnavailableError):
-        return objects.create(condemned_key(mark), encode(condemned))
+        # Every save reads every list, so what is marked already is not marked again.
+        named = sorted(wanted - _marked(objects))
+        mark = new_save_id()
+        condemned = Condemned(collection=mark, reason="corrupt", created=now_text(), keys=named)
+        return not named or objects.create(condemned_key(mark), encode(condemned))
     return False
+
+
+def _marked(objects: Objects) -> set[str]:
+    """The keys that stand in a list with the reason `corrupt` already."""
+    marked: set[str] = set()
+    for row in objects.list(CONDEMNED):
+        with contextlib.suppress(CorruptError):
+            content = objects.get(row.key)
+            condemned = None if content is None else decode_condemned(content, row.key)
+            if condemned is not None and condemned.reason == "corrupt":
+                marked |= set(condemned.keys)
+    return marked

@@ -23,7 +23,7 @@ class CheckpointError(Exception):
 
 
 class InvalidInputError(CheckpointError, ValueError):
-    """What the caller passed cannot be saved, restored or named; nothing was changed."""
+    """What the caller passed cannot be saved, restored or named; nothing was changed, unless the text says so."""
 
 
 class NotFoundError(CheckpointError, LookupError):

@@ -357,9 +357,8 @@ def delete(run: str, step: int, created: str) -> Generator[Operation, Any, None]
         NotFoundError: the step holds no checkpoint.
     """
     rows: list[ObjectInfo] = yield List((run_prefix(run),))
-    of_step = [
-        (key, row) for row in rows if may_be_committed(row) and (key := ManifestKey.parse(row.key)) and key.step == step
-    ]
+    # Of any size: a manifest that was cut off is to go as well.
+    of_step = [(key, row) for row in rows if (key := ManifestKey.parse(row.key)) and key.step == step]
     candidates = yield from _read(of_step)
     if not candidates:
         raise NotFoundError(f"run {run!r} has no checkpoint at step {step}, so there is nothing to delete.")

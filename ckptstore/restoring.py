@@ -46,7 +46,10 @@ def load(
         assembly.fill(objects, _counted(assembly, progress))
     except CorruptError as error:
         condemn_corrupt(objects, error)
-        raise
+        raise type(error)(
+            f"{error}. Load another step, or let run.restore() go back to one that verifies; `ckptstore verify` lists "
+            "all damage."
+        ) from error
     return unflatten(node, lambda described, _: assembly.value(described), lengths, path)
 
 
@@ -84,7 +87,7 @@ def restore(
             plan.assembly.fill(objects, _counted(plan.assembly, progress))
         except CorruptError as error:
             condemn_corrupt(objects, error)
-            touched = touched or plan.writes_in_place
+            touched = touched or (plan.writes_in_place and plan.assembly.has_written)
             damage.append(error)
             continue
         _put_in_place(plan, strict=strict)

@@ -33,9 +33,12 @@ def ensure_store(objects: Objects) -> Marker:
     """The marker of the store; makes the store if there is none, after a trial of what the backend promises."""
     try:
         marker = read_marker(objects)
-    except CorruptError:
+    except CorruptError as error:
         if objects.get(MARKER_KEY) is not None:
-            raise
+            raise CorruptError(
+                f"nothing can be saved to {objects.url}: {error} Move {MARKER_KEY} away; the next save makes it again, "
+                "and the checkpoints stay as they are."
+            ) from error
         marker = None  # only the marker is gone: a new one makes the store whole again
     if marker is not None:
         return marker

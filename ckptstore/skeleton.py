@@ -6,7 +6,7 @@
     {"$": "<tag>", ... }                 everything else: TAGS says what each holds
 
 This module walks and describes such trees without torch, so that the command line can show a checkpoint fast.
-`tree.py` turns them into Python objects. Nothing else gives meaning to a tag.
+`tree/` turns them into Python objects. Nothing else gives meaning to a tag.
 """
 
 import math
@@ -168,7 +168,7 @@ class _TensorFields(msgspec.Struct, forbid_unknown_fields=True):
     shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=2**48)]], msgspec.Meta(max_length=64)]
     segment: Annotated[int, msgspec.Meta(ge=0)]
     offset: Annotated[int, msgspec.Meta(ge=0)] = 0
-    stride: list[Annotated[int, msgspec.Meta(ge=0, le=2**48)]] | None = None
+    stride: list[Annotated[int, msgspec.Meta(ge=0, le=2**62)]] | None = None
     requires_grad: bool = False
     parameter: bool = False
 
@@ -248,11 +248,20 @@ def _leaves(node: Any, path: str, members: Callable[[Any, str], list[tuple[str, 
             yield here, current
 
 
-def tensors(tree: Any, segment_bytes: Sequence[int]) -> Iterator[tuple[str, TensorNode]]:
-    """Path and description of every tensor, array and long bytes object of the tree, checked. Raises CorruptError."""
-    for path, node in _leaves(tree, "", _children_and_metadata):
-        if is_tensor(node):
-            yield path, TensorNode.from_json(node, path, segment_bytes)
+def tensors(node: Any, segment_bytes: Sequence[int], path: str = "") -> Iterator[tuple[str, TensorNode]]:
+    """Path and description of every tensor, array and long bytes object at or below `node`, which stands at `path`.
+
+    Those in what modules attach to their dicts are among them. Each is checked; raises CorruptError.
+    """
+    for here, leaf in tensor_places(node, path):
+        yield here, TensorNode.from_json(leaf, here, segment_bytes)
+
+
+def tensor_places(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same as they stand in the tree, unchecked."""
+    for here, leaf in _leaves(node, path, _children_and_metadata):
+        if is_tensor(leaf):
+            yield here, leaf
 
 
 def _children_and_metadata(node: Any, path: str) -> list[tuple[str, Any]]:

@@ -256,6 +256,87 @@ class Run:
         self._wait()
         return restoring.load(self._objects, self._manifest(step), only=only, device=device, progress=progress)
 
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Checkpoint:
+        """Write a checkpoint to a file that other programs read; every byte of it is verified on the way.
+
+        The ending of its name chooses the format. `.safetensors`: each tensor by its path, and the rest of the tree,
+        the metrics and the metadata as JSON in the file's metadata, so that `import_file` gives back all of it.
+        `.pt` (`.pth`, `.ckpt`, `.bin`): `torch.save` of the tree, with values of registered types as plain trees.
+        The file appears whole or not at all.
+
+        Args:
+            path: the file.
+            step: which checkpoint; None is the newest.
+            overwrite: put the new file in the place of one that is there.
+            progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
+
+        Returns:
+            The checkpoint that was exported.
+
+        Raises:
+            InvalidInputError: the format cannot hold a tensor, which is named; or `path` has another ending; or the
+                package safetensors is not installed. No file was written.
+            ConflictError: there is such a file, and `overwrite` is False.
+            NotFoundError: there is no such store, run, step or folder.
+            CorruptError: the checkpoint is damaged; the text names the tensors.
+            UnavailableError: the backend or the disk failed.
+        """
+        from ckptstore import portable
+
+        self._wait()
+        manifest = self._manifest(step)
+        portable.export_file(self._objects, manifest, path, overwrite=overwrite, progress=progress)
+        return Checkpoint(manifest)
+
+    def import_file(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Save the content of a file as a checkpoint. No code that the file brings along runs.
+
+        Args:
+            path: a `.safetensors` file: what `export` put in comes out; one of another program becomes a flat dict of
+                tensors. Or a `.pt` (`.pth`, `.ckpt`, `.bin`) file of `torch.save`, read with `weights_only=True`.
+            step: the step to save it as.
+            metrics: as for `save`; None takes those that an exported file brings along.
+            metadata: likewise.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            NotFoundError: there is no such file.
+            InvalidInputError: it is no such file, or it holds what only running code could make, or what a checkpoint
+                cannot hold; nothing was changed.
+            ConflictError: the step holds another state; nothing was changed.
+            UnavailableError: the file cannot be read, or the backend failed.
+            CheckpointError: an earlier `save_async` of this run failed, and nobody had asked for its result.
+        """
+        from ckptstore import portable, saving, segments
+
+        number = check_step(step)
+        self._settle()
+        given = saving.take_apart(None, metrics, metadata)
+        found = portable.read_file(path)
+        snapshot = saving.Snapshot(
+            found.tree,
+            segments.find(found.leaves),
+            metrics=found.metrics if metrics is None and found.metrics is not None else given.metrics,
+            metadata=found.metadata if metadata is None and found.metadata is not None else given.metadata,
+        )
+        return Checkpoint(saving.save(self._objects, self.name, number, snapshot, replace=False))
+
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order, from one listing; empty if there is none.
 

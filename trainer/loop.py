@@ -120,13 +120,14 @@ class Saver:
         self._began = 0.0
 
     def save(self, state: dict[str, Any], step: int, metrics: dict[str, float]) -> None:
+        stalled_at = time.perf_counter()
         self.finish()  # the save before this one, should it still be under way
         self._began = time.perf_counter()
         if self._in_background:
             self._pending = self._run.save_async(state, step=step, metrics=metrics)
         else:
             self._report(self._run.save(state, step=step, metrics=metrics))
-        self._schedule.saved(stall_seconds=time.perf_counter() - self._began)
+        self._schedule.saved(stall_seconds=time.perf_counter() - stalled_at)
 
     def poll(self) -> None:
         """Report the save in the background, or raise its error, if it has ended."""

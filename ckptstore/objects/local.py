@@ -5,7 +5,7 @@ at any moment leaves whole objects and files named `.tmp-…`, which no listing 
 """
 
 # Descriptors, exclusive opens and fsync are what this room is about, and pathlib has none of them.
-# ruff: noqa: PTH100, PTH102, PTH105, PTH108, PTH116, PTH118, PTH120
+# ruff: noqa: PTH100, PTH102, PTH105, PTH108, PTH112, PTH114, PTH115, PTH116, PTH118, PTH120
 
 import builtins
 import contextlib
@@ -32,7 +32,7 @@ NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 """What `fsync` answers for a folder where a file system has nothing to sync there; PostgreSQL passes over them too."""
 
 ADVICE = {
-    errno.ENOSPC: "The disk is full: free some space, or prune and collect old checkpoints, then try again.",
+    errno.ENOSPC: "The disk is full: free some space, then try again.",
     errno.EDQUOT: "Your quota on this disk is used up: free some space or have it raised, then try again.",
     errno.EACCES: "Check who owns this folder and its permissions.",
     errno.EPERM: "Check who owns this folder, its permissions and its attributes.",
@@ -95,9 +95,7 @@ class LocalObjects(Objects):
         with self._explained("read", path):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return None
-            except NotADirectoryError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._check_root()
                 return None
             try:
@@ -192,11 +190,10 @@ class LocalObjects(Objects):
             return  # another thread or process was quicker; if it is a file, the open that follows says so
         except FileNotFoundError:
             above = os.path.dirname(folder)
-            if above == folder:
-                raise
+            if os.path.isdir(above):
+                raise  # no folder can be made there, as in /proc
             self._make_folder(above)
-            self._make_folder(folder)
-            return
+            os.mkdir(folder, FOLDER_MODE)
         self._anchored.discard(folder)
         if len(folder) <= len(self._root):
             self._changed_above.add(os.path.dirname(folder))
@@ -254,9 +251,7 @@ class LocalObjects(Objects):
         try:
             with os.scandir(os.path.join(self._root, folder)) as entries:
                 return list(entries)
-        except FileNotFoundError:
-            return []
-        except NotADirectoryError:
+        except (FileNotFoundError, NotADirectoryError):
             self._check_root()
             return []
 
@@ -267,7 +262,7 @@ class LocalObjects(Objects):
         return any(entry.is_dir() and self._holds_file(f"{folder}/{entry.name}") for entry in entries)
 
     def _check_root(self) -> None:
-        """Raise if the root is a file: then every key seems absent, which must not look like an empty store."""
+        """Raise if the root cannot be a folder: that every key seems absent must not look like an empty store."""
         for path in (self._root, *_parents(self._root)):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 if not stat.S_ISDIR(os.stat(path).st_mode):
@@ -275,6 +270,10 @@ class LocalObjects(Objects):
                         f"{path} is a file, but a store is a folder. Give the path of a folder, or move the file away."
                     )
                 return
+            if os.path.islink(path):
+                raise UnavailableError(
+                    f"{path} is a link to {os.readlink(path)}, which is not there. Mount that disk, or make the folder."
+                )
 
     @contextlib.contextmanager
     def _explained(self, action: str, path: str) -> Iterator[None]:

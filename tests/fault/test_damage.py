@@ -202,6 +202,34 @@ def test_where_nothing_verifies_the_error_says_that_the_destination_is_mixed() -
         restore_quietly(small, {"weight": torch.zeros(300, 300)})
 
 
+def test_a_damaged_manifest_beside_an_older_one_of_the_same_step_is_told() -> None:
+    small = SmallStore()
+    key = next(key for key in small.content if key.startswith("runs/") and small.belongs_to(key) == 2)
+    raced = key.replace(key.split(".")[-2], "f" * 32)  # what two saves of one step leave, of which one is cut off
+    small.place.put(raced, small.content[key][:900])
+    with pytest.warns(CheckpointWarning, match="f{32}.json is damaged or cut off.*Going back to step 2"):
+        assert small.run.restore({"weight": torch.zeros(8, 4)}) is not None
+
+
+def test_damage_found_again_is_marked_once() -> None:
+    small = SmallStore()
+    small.place.put(small.refs(2)[0].key, b"nonsense")
+    for _ in range(3):
+        loaded(small)
+        verified(small)
+    assert len(small.place.list("condemned/")) == 1
+
+
+def test_a_manifest_that_was_cut_off_can_be_deleted() -> None:
+    small = SmallStore()
+    key = next(key for key in small.content if key.startswith("runs/") and small.belongs_to(key) == 2)
+    small.place.put(key, small.content[key][:100])
+    assert not ckptstore.Store(small.place).verify().ok
+    small.run.delete(2)
+    assert ckptstore.Store(small.place).verify().ok
+    assert small.run.steps() == [1]
+
+
 def test_damage_of_the_way_is_mended_by_reading_again() -> None:
     small = SmallStore()
 

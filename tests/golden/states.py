@@ -1,10 +1,26 @@
 """The states in the golden stores. Never change one: the stores of old versions hold these for ever."""
 
 from collections import Counter, OrderedDict, defaultdict, deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+import ckptstore
+
+
+@dataclass(frozen=True)
+class Point:
+    """A type of a user's own, registered."""
+
+    x: int
+    values: tuple[float, ...]
+
+
+ckptstore.register(
+    Point, "golden.Point", lambda point: {"x": point.x, "values": point.values}, lambda tree: Point(**tree)
+)
 
 
 def version_1() -> dict[str, Any]:
@@ -32,6 +48,7 @@ def version_1() -> dict[str, Any]:
         ],
         "torch_values": [torch.Size([2, 3]), torch.bfloat16, torch.device("cuda", 1)],
         "scalars": [np.float32(1.5), np.int64(-7), np.bool_(True), np.str_("text")],
+        "registered": Point(3, (0.5, 1.5)),
         "arrays": [
             np.arange(6, dtype=">i4").reshape(2, 3),
             np.array(["ab", "c"]),

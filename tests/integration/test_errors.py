@@ -122,6 +122,20 @@ def test_a_place_without_a_store_is_not_found_and_not_made(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.rglob("*")] == ["photos", "cat.jpg"]
 
 
+@pytest.mark.parametrize("folder", ["ckpts", "ckpts/below"])
+def test_a_link_to_a_disk_that_is_not_mounted_is_never_a_first_start(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "ckpts").symlink_to(tmp_path / "not-mounted" / "ckpts")
+    run = ckptstore.Store(tmp_path / folder).run("run")
+    for call in (lambda: run.restore({}), run.latest, run.steps, lambda: run.save({"x": 1}, step=1)):
+        with pytest.raises(ckptstore.UnavailableError, match=r"is a link to .*not-mounted.* Mount that disk"):
+            call()  # type: ignore[no-untyped-call]
+
+
+def test_a_place_where_no_folder_can_be_made() -> None:
+    with pytest.raises(ckptstore.UnavailableError, match="cannot create /proc/ckptstore"):
+        ckptstore.Store("/proc/ckptstore/x").run("run").save({"x": 1}, step=1)
+
+
 def test_a_run_that_is_not_there(place: Objects) -> None:
     store = ckptstore.Store(place)
     store.run("other").save({"x": 1}, step=1)

@@ -131,7 +131,7 @@ def test_arrays_and_nested_tensors_are_filled_in_place(run: ckptstore.Run) -> No
     }
     run.restore(destination)
     assert destination["array"].tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(destination["pair"][0], torch.ones(2, 3))  # type: ignore[call-overload]
+    assert torch.equal(destination["pair"][0], torch.ones(2, 3))
     assert destination["ordered"]["a"].item() == 1
 
 
