@@ -83,7 +83,10 @@ def kill_in_save(child: Child, run: str) -> str | None:
     try:
         while child.process.poll() is None:
             for session in STORE.glob("sessions/*.json"):
-                if any(STORE.glob(f"runs/{run}/*.json")) and written_files(session.stem):
+                manifests = [path.name for path in STORE.glob(f"runs/{run}/*.json")]
+                # The first save has its manifest for a moment before its session goes: that one is not meant.
+                others = [name for name in manifests if session.stem not in name]
+                if others == manifests and others and written_files(session.stem):
                     child.process.send_signal(signal.SIGKILL)
                     killed = child.wait() == -signal.SIGKILL
                     committed = any(STORE.glob(f"runs/{run}/*.{session.stem}.json"))
