@@ -19,6 +19,8 @@ DEFAULT_CHUNK_BYTES = 8 * 2**20
 DEFAULT_SMALL_BYTES = 64 * 2**10
 """Segments shorter than this are packed together into bundles."""
 MAX_CHUNK_BYTES = 2**30
+MAX_OVERHEAD_BYTES = 104
+"""How much longer than its raw bytes a chunk object can be: its header and table."""
 MAX_STEP = 2**63 - 1
 MIN_MANIFEST_BYTES = 1024
 """A committed manifest is padded to this. Fences and tombstones are shorter, so a listing tells them apart."""

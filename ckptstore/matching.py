@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptstore.errors import InvalidInputError
+from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.manifest import Manifest
 from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, join, tensor_places
 from ckptstore.skeleton import tensors as tensors_below
@@ -112,6 +112,8 @@ class _Matcher:
         saved = node if isinstance(node, list) else node.get("items") if _tag(node) in ("tuple", "deque") else None
         if saved is None:
             self._differs(path, f"a {type(live).__name__}", node)
+        elif not isinstance(saved, list):
+            raise CorruptError(f"{path}: the {_tag(node)} there has no members")
         elif len(saved) != len(live):
             self.found.problems.append(f"{path} has {len(live)} members and {len(saved)} in the checkpoint")
         else:

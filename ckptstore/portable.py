@@ -144,7 +144,11 @@ def _write(file: Path, write: Callable[[Path], None], *, overwrite: bool) -> Non
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     with _explained("write", file):
         try:
+            # Made here, so that who may read it is what the user's umask says; safetensors would let the owner alone.
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
             write(temporary)
+            temporary.chmod(mode)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             _rename(temporary, file, overwrite=overwrite)
@@ -458,7 +462,7 @@ def _check_torch_has_dtypes(manifest: Manifest) -> None:
 
 def _write_torch(temporary: Path, state: Any) -> None:
     # Not by the path: torch would write the temporary file's name into the file.
-    with temporary.open("xb") as opened:
+    with temporary.open("wb") as opened:
         torch.save(state, opened)
 
 

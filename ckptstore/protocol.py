@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptstore.errors import ConflictError, CorruptError, FencedError, NotFoundError, UnavailableError
-from ckptstore.format import CHUNKS, CONDEMNED, MIN_MANIFEST_BYTES, ChunkKey, ManifestKey, run_prefix
+from ckptstore.format import (
+    CHUNKS,
+    CONDEMNED,
+    MAX_OVERHEAD_BYTES,
+    MIN_MANIFEST_BYTES,
+    ChunkKey,
+    ManifestKey,
+    run_prefix,
+)
 from ckptstore.manifest import (
     ChunkRef,
     Condemned,
@@ -279,7 +287,8 @@ def _assemble(request: SaveRequest, found: _Found) -> Generator[Operation, Any, 
 
 def _reuse(request: SaveRequest, refs: dict[str, ChunkRef], seen: list[ChunkRef], condemned: set[str]) -> None:
     for ref in seen:
-        if ref.digest not in refs and request.chunks.get(ref.digest) == ref.raw and ref.key not in condemned:
+        wanted = request.chunks.get(ref.digest) == ref.raw and ref.stored <= ref.raw + MAX_OVERHEAD_BYTES
+        if wanted and ref.digest not in refs and ref.key not in condemned:
             refs[ref.digest] = ref
 
 

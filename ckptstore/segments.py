@@ -246,7 +246,10 @@ def _from_spans(spans: list[_Span], number: int) -> Source:
             tuple(value.shape),
             number,
             offset=max(span.start - start, 0),
-            stride=None if value.is_contiguous() else tuple(value.stride()),
+            # Where there is one element, its stride says nothing, and torch lets it be anything.
+            stride=None
+            if value.is_contiguous()
+            else tuple(step if size > 1 else 1 for size, step in zip(value.shape, value.stride(), strict=True)),
             requires_grad=original.requires_grad,
             parameter=isinstance(original, torch.nn.Parameter),
         )

@@ -11,6 +11,7 @@ This module walks and describes such trees without torch, so that the command li
 
 import math
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -223,8 +224,25 @@ def _is_pair(item: Any) -> bool:
 
 
 def simple_key(node: Any) -> Any:
-    """A dict's key for use in a path: the key itself where JSON holds it, else its node as text."""
-    return repr(node) if isinstance(node, dict | list) else node
+    """A dict's key for use in a path: as the Python key where that is readable, else its node as text."""
+    if not isinstance(node, dict):
+        return repr(node) if isinstance(node, list) else node
+    items = node.get("items")
+    if node.get(TAG) == "tuple" and isinstance(items, list):
+        return tuple(simple_key(item) for item in items)
+    try:
+        match node.get(TAG):
+            case "bytes":
+                return bytes.fromhex(node["hex"])
+            case "int" if len(node["hex"]) <= 40:  # Python does not write out an int of thousands of digits
+                return int(node["hex"], 16)
+            case "str":
+                return bytes.fromhex(node["hex"]).decode("utf-8", "backslashreplace")
+            case "float":
+                return struct.unpack(">d", bytes.fromhex(node["bits"]))[0]
+    except (KeyError, TypeError, ValueError, struct.error):
+        pass  # the text will do; who decodes the key says what is wrong with it
+    return repr(node)
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -276,15 +294,19 @@ def find(tree: Any, wanted: str) -> Any:
 
     Raises NotFoundError that lists what stands at the place where the path leaves the tree.
     """
-    here, node = "", tree
-    while here != wanted:
-        below = children(node, here)
-        inside = [(path, child) for path, child in below if _is_within(wanted, path)]
-        if not inside:
-            near = ", ".join(path for path, _ in below[:12]) or "nothing"
-            raise NotFoundError(f"there is no {wanted!r} in the checkpoint; under {here or 'its root'!r} stand: {near}")
-        here, node = max(inside, key=lambda found: len(found[0]))
-    return node
+    farthest: tuple[str, Any] = ("", tree)
+    stack: list[tuple[str, Any]] = [("", tree)]
+    while stack:
+        here, node = stack.pop()
+        if here == wanted:
+            return node
+        farthest = max(farthest, (here, node), key=lambda place: len(place[0]))
+        inside = [(path, child) for path, child in children(node, here) if _is_within(wanted, path)]
+        # Keys may have dots in them, so there may be several ways; the longest is tried first.
+        stack += sorted(inside, key=lambda place: len(place[0]))
+    here, node = farthest
+    near = ", ".join(path for path, _ in children(node, here)[:12]) or "nothing"
+    raise NotFoundError(f"there is no {wanted!r} in the checkpoint; under {here or 'its root'!r} stand: {near}")
 
 
 def _is_within(wanted: str, path: str) -> bool:

@@ -190,10 +190,12 @@ class LocalObjects(Objects):
             return  # another thread or process was quicker; if it is a file, the open that follows says so
         except FileNotFoundError:
             above = os.path.dirname(folder)
-            if os.path.isdir(above):
-                raise  # no folder can be made there, as in /proc
-            self._make_folder(above)
-            os.mkdir(folder, FOLDER_MODE)
+            if not os.path.isdir(above):  # else another thread has just made it, or none can be made, as in /proc
+                self._make_folder(above)
+            try:
+                os.mkdir(folder, FOLDER_MODE)
+            except FileExistsError:
+                return
         self._anchored.discard(folder)
         if len(folder) <= len(self._root):
             self._changed_above.add(os.path.dirname(folder))

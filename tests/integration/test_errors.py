@@ -128,7 +128,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_never_a_first_start(tmp_path: P
     run = ckptstore.Store(tmp_path / folder).run("run")
     for call in (lambda: run.restore({}), run.latest, run.steps, lambda: run.save({"x": 1}, step=1)):
         with pytest.raises(ckptstore.UnavailableError, match=r"is a link to .*not-mounted.* Mount that disk"):
-            call()  # type: ignore[no-untyped-call]
+            call()
 
 
 def test_a_place_where_no_folder_can_be_made() -> None:

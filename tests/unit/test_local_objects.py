@@ -55,6 +55,25 @@ def test_constructing_touches_nothing(objects: LocalObjects, root: Path) -> None
     assert not root.parent.exists()
 
 
+def test_a_folder_that_another_thread_makes_meanwhile_is_no_error(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = os.mkdir
+
+    def overtaken(path: str, mode: int = 0o777) -> None:
+        if not Path(path).parent.exists():
+            # Just as we find that the folder above is missing, another thread makes all of them.
+            for folder in [*reversed(Path(path).parents), Path(path)]:
+                if not folder.exists():
+                    mkdir(folder, mode)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", overtaken)
+    objects.put("chunks/aa/name", b"content")
+    assert objects.get("chunks/aa/name") == b"content"
+
+
 def test_files_and_folders_are_the_users_alone(objects: LocalObjects, root: Path) -> None:
     old = os.umask(0)
     try:

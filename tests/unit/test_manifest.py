@@ -352,7 +352,7 @@ def segments(number: int, **changes: Any) -> dict[str, Any]:
         chunks(unknown=1),
         {"chunks": []},
         {"chunks": {}},
-        *(segments(0, element=element) for element in (0, -4, 3, 16, "4", 4.0)),
+        *(segments(0, element=element) for element in (0, -4, 3, 8, 16, "4", 4.0)),
         *(segments(0, bytes=count) for count in (0, 8, 11, 16, -12, 2**63)),
         *(
             segments(0, chunks=indices)

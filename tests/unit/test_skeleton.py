@@ -66,7 +66,7 @@ def test_leaves_are_named_by_their_paths_in_order() -> None:
         "keys[1]",
         "keys.1",
         "keys[None]",
-        "keys.{'$': 'bytes', 'hex': '00'}",
+        "keys[b'\\x00']",
         "size",
         "point.x",
     ]
@@ -164,6 +164,10 @@ def test_a_path_finds_its_node(path: str) -> None:
         everything[here] = node
         stack.extend(children(node, here))
     assert find(TREE, path) is everything[path]
+
+
+def test_of_two_keys_that_begin_a_path_the_longer_one_leads_on() -> None:
+    assert find({"a": {"b": 1}, "a.b": {"c": 2}}, "a.b.c") == 2
 
 
 def test_the_empty_path_is_the_tree() -> None:
