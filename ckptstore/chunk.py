@@ -35,11 +35,19 @@ def encode(raw: ByteArray, element_size: int) -> ByteArray:
     assert 0 < len(raw) <= MAX_CHUNK_BYTES
     if element_size not in PLANE_WIDTHS or len(raw) % element_size:
         element_size = 1
-    planes = encode_planes(raw, element_size)
+    start = _HEADER.size + len(PLANE_WIDTHS[element_size]) * _PLANE.size
+    content = np.empty(start + len(raw), np.uint8)
+    planes = encode_planes(raw, element_size, content[start:])
     table = b"".join(_PLANE.pack(plane.mode, bytes(7), len(plane.stored)) for plane in planes)
     checksum = _checksum(_header(element_size, len(planes), len(raw), _NO_CHECKSUM) + table, planes)
-    header = np.frombuffer(_header(element_size, len(planes), len(raw), checksum) + table, np.uint8)
-    return np.concatenate([header, *(plane.stored for plane in planes)])
+    content[:start] = np.frombuffer(_header(element_size, len(planes), len(raw), checksum) + table, np.uint8)
+    position = start
+    for plane in planes:
+        place = content[position : position + len(plane.stored)]
+        if place.ctypes.data != plane.stored.ctypes.data:  # raw planes behind raw ones lie in their place already
+            place[:] = plane.stored
+        position += len(plane.stored)
+    return content[:position]
 
 
 def decode(content: bytes, expected_digest: str, out: ByteArray) -> None:
@@ -51,8 +59,9 @@ def decode(content: bytes, expected_digest: str, out: ByteArray) -> None:
     raw_bytes, element_size, planes = _parse(content)
     if raw_bytes != len(out):
         raise CorruptError(f"the chunk holds {raw_bytes} raw bytes in place of {len(out)}")
-    decode_planes(planes, element_size, out)
-    found = digest(out)
+    hasher = blake3.blake3()
+    decode_planes(planes, element_size, out, lambda part: hasher.update(part.data))
+    found = hasher.hexdigest()
     if found != expected_digest:
         raise CorruptError(f"its bytes hash to {found[:16]}… in place of {expected_digest[:16]}…")
 

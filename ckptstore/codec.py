@@ -4,6 +4,7 @@ Knows planes and zstd; knows nothing of chunk headers, digests or storage.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -65,23 +66,31 @@ class _Zstd(threading.local):
 _zstd = _Zstd()
 
 
-def encode_planes(raw: ByteArray, element_size: int) -> list[Plane]:
-    """Split `raw` (a multiple of `element_size` bytes, not empty) and compress the planes for which it pays."""
+def encode_planes(raw: ByteArray, element_size: int, room: ByteArray | None = None) -> list[Plane]:
+    """Split `raw` (a multiple of `element_size` bytes, not empty) and compress the planes for which it pays.
+
+    room: memory as long as `raw`. Planes that are stored raw lie in it, each where it would if all were raw.
+    """
+    room = np.empty(len(raw), np.uint8) if room is None else room
     count = len(raw) // element_size
-    planes = [np.empty(count * width, np.uint8) for width in PLANE_WIDTHS[element_size]]
+    widths = PLANE_WIDTHS[element_size]
+    planes = np.split(room, [count * sum(widths[:number]) for number in range(1, len(widths))])
     samples = _sample(raw, element_size)
     split(raw, element_size, planes)
     return [_encode(plane, sample) for plane, sample in zip(planes, samples, strict=True)]
 
 
-def decode_planes(planes: list[Plane], element_size: int, out: ByteArray) -> None:
+def decode_planes(
+    planes: list[Plane], element_size: int, out: ByteArray, written: Callable[[ByteArray], object] = lambda part: None
+) -> None:
     """Write the raw bytes of `planes` into `out`, whose length says how many. Raises CorruptError.
 
+    `written` is called with each part of `out`, in order, when it is final.
     Allocates no more than `out` holds (and blocks of a fixed size), whatever the planes claim.
     """
     count = len(out) // element_size
     decoded = [_decode(plane, count * width) for plane, width in zip(planes, PLANE_WIDTHS[element_size], strict=True)]
-    merge(decoded, element_size, out)
+    merge(decoded, element_size, out, written)
 
 
 def _sample(raw: ByteArray, element_size: int) -> list[ByteArray]:

@@ -6,6 +6,7 @@ cost time for nothing. Wide integer casts and shifts are what NumPy vectorises (
 merge, against 4 and 4 for strided byte copies; docs/decisions/0003-halving-planes.md).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ PLANE_WIDTHS: dict[int, tuple[int, ...]] = {1: (1,), 2: (1, 1), 4: (2, 1, 1), 8:
 """Element size in bytes -> width in bytes of each plane, lowest bytes first."""
 
 _UINT: dict[int, np.dtype[Any]] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
-_BLOCK = 32768
-"""Elements worked on at a time: the temporaries stay in the L1 and L2 caches."""
+_BLOCK = 65536
+"""Elements worked on at a time: the temporaries stay in the L2 cache."""
 
 
 def split(raw: ByteArray, element_size: int, planes: list[ByteArray]) -> None:
@@ -46,10 +47,19 @@ def split(raw: ByteArray, element_size: int, planes: list[ByteArray]) -> None:
         typed[-1][start:stop] = rest
 
 
-def merge(planes: list[ByteArray], element_size: int, raw: ByteArray) -> None:
-    """The inverse of `split`: write the elements whose planes are given into `raw` (contiguous bytes)."""
+def merge(
+    planes: list[ByteArray],
+    element_size: int,
+    raw: ByteArray,
+    written: Callable[[ByteArray], object] = lambda part: None,
+) -> None:
+    """The inverse of `split`: write the elements whose planes are given into `raw` (contiguous bytes).
+
+    `written` is called with each part of `raw` in order, while it is still in a cache: to hash it.
+    """
     if element_size == 1:
         raw[:] = planes[0]
+        written(raw)
         return
     elements: Array = raw.view(_UINT[element_size])
     typed = _typed(planes, element_size)
@@ -67,6 +77,7 @@ def merge(planes: list[ByteArray], element_size: int, raw: ByteArray) -> None:
             np.copyto(low, plane[start:stop])
             np.bitwise_or(wide, low, out=wide)
             high = wide
+        written(raw[start * element_size : stop * element_size])
 
 
 def _typed(planes: list[ByteArray], element_size: int) -> list[Array]:

@@ -33,6 +33,8 @@ class Objects(abc.ABC):
     """Where it is, for messages; holds no credentials."""
     request_threads: int
     """How many requests are worth having under way at a time."""
+    gets_wait: bool = True
+    """Whether a get mostly waits (for a network), so that it pays to send the next ones on threads of their own."""
 
     @abc.abstractmethod
     def create(self, key: str, content: Bytes) -> bool:

@@ -49,6 +49,7 @@ class LocalObjects(Objects):
     """The objects below the folder `root`, which the first create or put makes."""
 
     request_threads = 4
+    gets_wait = False
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         """Remember where; touches nothing."""

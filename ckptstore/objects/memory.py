@@ -22,6 +22,7 @@ class MemoryObjects(Objects):
     """The objects below `memory://…`."""
 
     request_threads = 2
+    gets_wait = False
 
     def __init__(self, url: str) -> None:
         """Remember where; touches nothing."""

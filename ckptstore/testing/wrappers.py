@@ -32,6 +32,7 @@ class _Passing(Objects):
         self.inner = inner
         self.url = inner.url
         self.request_threads = inner.request_threads
+        self.gets_wait = inner.gets_wait
 
     def __repr__(self) -> str:
         """Show the backend within."""
