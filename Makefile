@@ -16,7 +16,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
               $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv demo test check format bench coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -60,6 +60,12 @@ format: venv  ## format the code and mend what can be mended
 
 bench: venv  ## run the benchmarks (BENCH_ARGS=...)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+coverage: venv  ## run the tests and show which lines none of them reaches
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --skip-covered --show-missing
 
 clean:  ## remove what was built, installed and cached here
 	@rm -rf $(VENV) $(DEMO_VENV) demo-ckpts build dist htmlcov .coverage .coverage.* \

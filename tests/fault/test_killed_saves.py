@@ -1,6 +1,7 @@
 """A save killed at any storage call leaves the store as it was, and the next save works."""
 
 import itertools
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 import ckptstore
+from ckptstore.format import ManifestKey
+from ckptstore.manifest import Ended, encode
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.testing import FailingObjects
+from ckptstore.writer import now_text
 
 
 class Killed(BaseException):
@@ -132,6 +136,53 @@ def test_a_save_that_failed_before_its_commit_leaves_no_session(new_place: Calla
         ckptstore.Store(FullDisk(place, fail_at=10**9)).run("run").save(state(2), step=2)
     assert place.list("sessions/") == []
     assert ckptstore.Store(place).run("run").steps() == [1]
+
+
+class Fencing(FailingObjects):
+    """A collector that takes the first `times` saves for dead, just before they commit."""
+
+    times = 1
+
+    def create(self, key: str, content: Any) -> bool:
+        parsed = ManifestKey.parse(key)
+        if parsed is not None and self.times > 0:
+            self.times -= 1
+            fence = Ended(state="fenced", run=parsed.run, step=parsed.step, save=parsed.save_id, created=now_text())
+            assert super().create(key, encode(fence))
+        return super().create(key, content)
+
+
+def test_a_save_that_was_fenced_is_done_again_under_another_id(new_place: Callable[[], Objects]) -> None:
+    place = new_place()
+    fencing = Fencing(place, fail_at=10**9)
+    saved = ckptstore.Store(fencing).run("run").save(state(1), step=1)
+    assert fencing.times == 0
+    assert saved.new_bytes == 0  # what the first try uploaded was found again
+    assert same(ckptstore.Store(place).run("run").load(), state(1))
+    assert place.list("sessions/") == []
+
+
+def test_a_save_that_is_fenced_again_and_again_is_an_error(new_place: Callable[[], Objects]) -> None:
+    place = new_place()
+    fencing = Fencing(place, fail_at=10**9)
+    fencing.times = 99
+    with pytest.raises(ckptstore.FencedError, match="Save again"):
+        ckptstore.Store(fencing).run("run").save(state(1), step=1)
+    assert ckptstore.Store(place).run("run").steps() == []
+
+
+def test_an_interrupt_stops_a_save_in_good_order(new_place: Callable[[], Objects]) -> None:
+    place = new_place()
+    for fail_at in itertools.count(1):
+        broken = FailingObjects(place, fail_at=fail_at, error=KeyboardInterrupt)
+        try:
+            ckptstore.Store(broken).run("run").save(state(fail_at), step=fail_at)
+        except KeyboardInterrupt:
+            assert not any(thread.name.startswith("ckptstore") for thread in threading.enumerate())
+        else:
+            break
+    assert fail_at > 10
+    assert ckptstore.Store(place).verify().ok
 
 
 def test_a_lost_answer_to_the_commit_is_told_from_a_lost_race() -> None:
