@@ -1,0 +1,1 @@
+"""How fast, how small, how much memory: each figure that the project claims is printed by one command."""

@@ -1,0 +1,61 @@
+"""How long a restore takes in a process that has just begun, compared with torch.load.
+
+Both end with the same: model and optimizer hold the state. Ours has compared each byte with its digest by then.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ckptstore
+from benchmarks.states import STEPS, Training, raw_bytes, state_file, work_folder
+from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target
+
+QUESTION = "restore: LSTM and Adam from local disk, page cache warm, each in a fresh process"
+TARGET = 0.7
+BASE = "torch.load"
+OURS = "ckptstore (verified)"
+
+
+def ask(folder: Path, rounds: int) -> Report:
+    file = state_file(folder)
+    with work_folder(folder) as work:
+        training = Training.resumed(file)
+        ckptstore.Store(work / "store").run("lstm").save(training.state(), step=STEPS)
+        for path in [file, *(work / "store").rglob("*")]:
+            if path.is_file():
+                path.read_bytes()  # into the page cache
+
+        loading = partial(fresh, "benchmarks.restore:torch_restore", file=str(file))
+        variants = {
+            OURS: lambda _: fresh("benchmarks.restore:our_restore", store=str(work / "store")),
+            BASE: lambda _: loading(),
+            "torch.load(mmap=True)": lambda _: loading(mmap=True),
+            "torch.load(weights_only=False)": lambda _: loading(weights_only=False),
+        }
+        measured = in_turn(rounds, variants)
+    rows = compared(measured, BASE, raw_bytes(training.state_dicts()))
+    return Report(QUESTION, rows, target(f"speed / that of {BASE} is", rows[0].figures["speed"], at_least=TARGET))
+
+
+def our_restore(store: str) -> Took:
+    import ckptstore.restoring
+
+    training = Training.fresh()
+    run = ckptstore.Store(store).run("lstm")
+    with Stopwatch() as watch:
+        checkpoint = run.restore({"model": training.model, "optimizer": training.optimizer})
+    assert checkpoint is not None and len(training.optimizer.state) == 7
+    return watch.took
+
+
+def torch_restore(file: str, **options: Any) -> Took:
+    training = Training.fresh()
+    with Stopwatch() as watch:
+        state = torch.load(file, **options)
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+    assert len(training.optimizer.state) == 7
+    return watch.took

@@ -1,0 +1,111 @@
+"""How long a durable save of a new state takes, compared with torch.save and fsync.
+
+Each round saves the state after another training step, so that nothing of it is in the store yet.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+import ckptstore
+from benchmarks.states import Training, raw_bytes, real_batches, state_file, work_folder
+from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target
+
+QUESTION = "save: LSTM and Adam to local disk with fsync, all of it new"
+TARGET = 0.8
+BASE = "torch.save + fsync"
+OURS = "ckptstore"
+
+
+def ask(folder: Path, rounds: int) -> Report:
+    """A durable save of a new state against torch.save and fsync, in one training that goes on between the rounds."""
+    training = Training.resumed(state_file(folder))
+    batches = real_batches(folder)
+    with work_folder(folder) as work:
+        run = ckptstore.Store(work / "store").run("lstm")
+
+        def trained(number: int) -> None:
+            training.train(batches, number + 102 - training.step)  # a step further in each round, whoever is first
+
+        def ours(number: int) -> Took:
+            trained(number)
+            return timed_save(run, training)
+
+        def theirs(number: int) -> Took:
+            trained(number)
+            return timed_torch_save(work / f"{number}.pt", training)
+
+        measured = in_turn(rounds, {OURS: ours, BASE: theirs})
+    return _report("in one training", measured, raw_bytes(training.state_dicts()))
+
+
+def ask_fresh(folder: Path, rounds: int) -> Report:
+    """The same, each in a fresh process, which has loaded a state and trained on from there."""
+    file = state_file(folder)
+    real_batches(folder)
+    with work_folder(folder) as work:
+        ckptstore.Store(work / "store").run("first").save({"step": 0}, step=0)
+
+        def child(name: str, number: int) -> Took:
+            took: Took = fresh(f"benchmarks.save:{name}", file=str(file), work=str(work), number=number)
+            return took
+
+        measured = in_turn(
+            rounds,
+            {
+                OURS: lambda number: child("fresh_ours", number),
+                BASE: lambda number: child("fresh_theirs", number),
+            },
+        )
+    return _report("each in a fresh process", measured, raw_bytes(torch.load(file)))
+
+
+def _report(where: str, measured: dict[str, list[Took]], payload_bytes: int) -> Report:
+    rows = compared(measured, BASE, payload_bytes)
+    verdict = target(f"speed / that of {BASE} is", rows[0].figures["speed"], at_least=TARGET)
+    return Report(f"{QUESTION}; {where}", rows, verdict)
+
+
+def fresh_ours(file: str, work: str, number: int) -> Took:
+    import ckptstore.saving
+
+    return timed_save(ckptstore.Store(Path(work) / "store").run("lstm"), another(file, number))
+
+
+def fresh_theirs(file: str, work: str, number: int) -> Took:
+    return timed_torch_save(Path(work) / f"{number}.pt", another(file, number))
+
+
+def timed_save(run: ckptstore.Run, training: Training) -> Took:
+    with Stopwatch() as watch:
+        checkpoint = run.save(training.state(), step=training.step)
+    assert checkpoint.new_bytes > 0.99 * checkpoint.stored_bytes, checkpoint
+    return watch.took
+
+
+def timed_torch_save(file: Path, training: Training) -> Took:
+    with Stopwatch() as watch:
+        torch.save(training.state_dicts(), file)
+        for path in (file, file.parent):
+            _fsync(path)
+    file.unlink()
+    return watch.took
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def another(file: str, number: int) -> Training:
+    """The state after so many more steps that no other number leads to it.
+
+    One step on another part of the text would not do: the moments of words that are in neither part come out the same.
+    """
+    training = Training.resumed(file)
+    training.train(real_batches(Path(file).parent), number + 2)
+    return training
