@@ -3,6 +3,7 @@
 import atexit
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ class PendingSave:
             Exception: whatever `Run.save` raises, if the save failed.
         """
         self._wait(timeout)
-        self._told = True
+        self._tell()
         if self._error is not None:
             raise self._error
         assert self._checkpoint is not None
@@ -68,7 +69,8 @@ class PendingSave:
     def _settle(self) -> None:
         """Wait; raise the error if nobody was told of it yet."""
         self._wait()
-        error, told, self._told = self._error, self._told, True
+        error, told = self._error, self._told
+        self._tell()
         if error is None or told:
             return
         if isinstance(error, CheckpointError):
@@ -76,10 +78,16 @@ class PendingSave:
             raise type(error)(text) from error
         raise error
 
+    def _tell(self) -> None:
+        self._told = True
+        _under_way.discard(self)
+
     def _save(self) -> None:
         try:
             self._checkpoint = self._work()
         except BaseException as error:  # handed over to result(), the next save, or the end of the interpreter
+            # Its frames hold the copy of the state, which must not live as long as the error.
+            traceback.clear_frames(error.__traceback__)
             self._error = error
         finally:
             del self._work  # and with it the copy of the state

@@ -13,9 +13,17 @@ import torch
 
 from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.manifest import Manifest
-from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, join, tensor_places
+from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, join, registered_names, tensor_places
 from ckptstore.skeleton import tensors as tensors_below
-from ckptstore.tree import TORCH_DTYPES, decode_hashable, is_plain_tensor, is_stateful
+from ckptstore.tree import (
+    TORCH_DTYPES,
+    decode_hashable,
+    is_plain_tensor,
+    is_stateful,
+    registration_named,
+    registration_of,
+    unflatten,
+)
 
 _SHOWN = 12
 
@@ -86,7 +94,13 @@ class _Matcher:
         self._segment_bytes = [segment.bytes for segment in manifest.segments]
 
     def walk(self, live: Any, node: Any, path: str) -> None:
-        if is_stateful(live):
+        if registration_of(live) is not None:
+            # It was saved as a value, not through its methods.
+            if _holds_tensors(node):
+                self.found.problems.append(
+                    f"{path} is of a registered type, which load() gives and restore() cannot fill"
+                )
+        elif is_stateful(live):
             self._stateful(live, node, path)
         elif isinstance(live, torch.Tensor | np.ndarray):
             self._tensor(live, node, path)
@@ -94,6 +108,8 @@ class _Matcher:
             self._mapping(live, node, path)
         elif isinstance(live, list | tuple):
             self._sequence(live, node, path)
+        elif path and _holds_tensors(node):
+            self.found.unexpected.append(path)
         # Numbers, texts and the like cannot be filled in place: the caller takes them from Checkpoint.state.
 
     def _mapping(self, live: Mapping[Any, Any], node: Any, path: str) -> None:
@@ -107,6 +123,9 @@ class _Matcher:
                 self.walk(value, saved[key], below)
             elif _can_be_filled(value):
                 self.found.missing.append(below)
+        if path:  # of the whole state a part may be restored; what lies within is to be as it was saved
+            unexpected = [key for key in saved if key not in live and _holds_tensors(saved[key])]
+            self.found.unexpected += [join(path, key) for key in unexpected]
 
     def _sequence(self, live: "list[Any] | tuple[Any, ...]", node: Any, path: str) -> None:
         saved = node if isinstance(node, list) else node.get("items") if _tag(node) in ("tuple", "deque") else None
@@ -148,10 +167,14 @@ class _Matcher:
             if tensor is None:
                 self.found.others.append(described)
             elif problem := _misfit(tensor, described):
-                self.found.problems.append(f"{name} {problem}")
+                if isinstance(live, torch.optim.Optimizer) and tensor.shape == described.shape:
+                    self.found.others.append(described)  # its load_state_dict converts to the parameter's dtype
+                else:
+                    self.found.problems.append(f"{name} {problem}")
             else:
                 slots[name] = Slot(name, described, tensor)
         self.found.slots += slots.values()
+        self._check_registered(node, path)
         self.found.statefuls.append(StatefulMatch(path, live, node, slots))
 
     def _module(self, module: torch.nn.Module, node: Any, path: str) -> dict[str, torch.Tensor]:
@@ -171,7 +194,30 @@ class _Matcher:
                     "(module.) or torch.compile (_orig_mod.) put there: save and restore the module that is wrapped "
                     "(model.module, model._orig_mod), which works with and without them."
                 )
-        return dict(_unique((join(path, key), value) for key, value in state.items() if is_plain_tensor(value)))
+        # What a module gives and takes by code of its own may have any shape; its load_state_dict is to say.
+        own = tuple(
+            f"{name}." if name else ""
+            for name, below in module.named_modules()
+            if type(below)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
+            and not type(below).__module__.startswith("torch.")
+        )
+        return dict(
+            _unique(
+                (join(path, key), value)
+                for key, value in state.items()
+                if is_plain_tensor(value) and not key.endswith("_extra_state") and not (own and key.startswith(own))
+            )
+        )
+
+    def _check_registered(self, node: Any, path: str) -> None:
+        """Find what `unflatten` would refuse later, when bytes have been written."""
+        for name in registered_names(node):
+            if registration_named(name) is None:
+                self.found.problems.append(
+                    f"{path} holds a value saved under the name {name!r}, which is not registered here "
+                    "(ckptstore.register)"
+                )
+        unflatten(node, lambda *_: None, self._segment_bytes, path, describe=True)
 
     def _check_groups(self, optimizer: torch.optim.Optimizer, node: Any, path: str) -> None:
         """What torch's load_state_dict would refuse, found before anything is changed."""
@@ -200,6 +246,8 @@ def module_state(module: torch.nn.Module) -> dict[str, Any]:
 def _misfit(live: "torch.Tensor | np.ndarray[Any, Any]", saved: TensorNode) -> str:
     """Why the saved values do not fit, or nothing."""
     if isinstance(live, torch.Tensor):
+        if why := _cannot_be_written(live):
+            return why
         dtype_fits = live.dtype == TORCH_DTYPES.get(saved.dtype)
         here = str(live.dtype).removeprefix("torch.")
     else:
@@ -207,6 +255,24 @@ def _misfit(live: "torch.Tensor | np.ndarray[Any, Any]", saved: TensorNode) -> s
     if tuple(live.shape) != saved.shape:
         return f"has shape {tuple(live.shape)} and {saved.shape} in the checkpoint"
     return "" if dtype_fits else f"is {here} and {saved.dtype} in the checkpoint"
+
+
+def _cannot_be_written(live: torch.Tensor) -> str:
+    if not is_plain_tensor(live):
+        return f"is a {type(live).__name__} here, which restore() cannot fill"
+    if live.is_meta:
+        return "is a meta tensor here, which has no memory: call to_empty(device=…) on the module first"
+    if live.layout is not torch.strided:
+        return f"is a {live.layout} tensor here, which restore() cannot fill"
+    if live.is_inference() and not torch.is_inference_mode_enabled():
+        return "is an inference tensor here, which cannot be written to: clone() it"
+    if any(size > 1 and step == 0 for size, step in zip(live.shape, live.stride(), strict=True)):
+        return "is expanded here, so that its elements share memory: clone() it"
+    return ""
+
+
+def _holds_tensors(node: Any) -> bool:
+    return next(tensor_places(node), None) is not None
 
 
 def _can_be_filled(value: Any) -> bool:
@@ -243,7 +309,7 @@ def _mapping_members(node: Any) -> dict[Any, Any] | None:
         return None
     if TAG not in node:
         return node
-    if node[TAG] not in MAPPING_TAGS:
+    if _tag(node) not in MAPPING_TAGS:
         return None
     return {decode_hashable(key): below for key, below in node["items"]}
 
@@ -253,7 +319,8 @@ def _unwrapped(keys: Iterable[str]) -> set[str]:
 
 
 def _tag(node: Any) -> str | None:
-    return node.get(TAG) if isinstance(node, dict) else None
+    tag = node.get(TAG) if isinstance(node, dict) else None
+    return tag if isinstance(tag, str) else None
 
 
 def _kind(node: Any) -> str:

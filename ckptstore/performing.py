@@ -36,6 +36,10 @@ class RawChunk(Protocol):
     def raw_bytes(self) -> int:
         """Its length."""
 
+    @property
+    def private(self) -> bool:
+        """Whether nobody else can write to its memory."""
+
     def read(self) -> ByteArray:
         """Its bytes, contiguous."""
 
@@ -95,12 +99,14 @@ class Performer:
         def encoded(name: str) -> tuple[str, Any]:
             chunk = self._chunks[name]
             raw = chunk.read()
-            if digest_of(raw) != name:
+            content = encode_chunk(raw, chunk.element)
+            # After the encoding, so that nothing that was written meanwhile goes unseen.
+            if not chunk.private and digest_of(raw) != name:
                 raise InvalidInputError(
                     "the state changed while it was saved, so nothing was committed. Do not train on in another "
                     "thread during run.save(…), or use run.save_async(…), which copies the state first."
                 )
-            return name, encode_chunk(raw, chunk.element)
+            return name, content
 
         def put(pair: tuple[str, Any]) -> int:
             name, content = pair

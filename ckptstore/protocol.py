@@ -203,7 +203,11 @@ def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"
         lists = yield from _read_condemned()
         damaged = {key for each in lists if each and each.reason == "corrupt" for key in each.keys}
         sound = not any(chunk.key in damaged for chunk in standing.manifest.chunks)
-        if sound and standing.manifest.content == request.content:
+        same = standing.manifest.content == request.content
+        notes = [standing.manifest.metrics, standing.manifest.metadata] == [request.metrics, request.metadata]
+        if sound and same and (notes or not request.replace):
+            # Its writer may have been killed before it made the manifest durable.
+            yield Sync((str(standing.key),))
             return standing.manifest
         if sound and not request.replace:
             raise ConflictError(
@@ -326,18 +330,33 @@ def _commit(request: SaveRequest, manifest: Manifest) -> Generator[Operation, An
             return
         [found] = yield Get((str(key),))
     except UnavailableError as error:
-        [found] = yield Get((str(key),))
-        if found is None:
-            raise UnavailableError(
-                f"whether {key} was written is not known, as its answer was lost; the save does not count. "
-                f"Save step {request.step} again. {error}"
-            ) from error
+        found = yield from _look_after_lost_answer(request, key, error)
     if found != content:
         yield Close(request.save)
         raise FencedError(
             f"the save of step {request.step} of run {request.run!r} was taken for dead by a collection, because this "
             f"process did not show itself in time, and can no longer commit ({key}). Save again."
         )
+
+
+def _look_after_lost_answer(
+    request: SaveRequest, key: ManifestKey, error: UnavailableError
+) -> Generator[Operation, Any, bytes]:
+    """What stands where a manifest could not be created, or could, but the answer was lost."""
+    try:
+        [found] = yield Get((str(key),))
+    except UnavailableError:
+        raise UnavailableError(
+            f"whether step {request.step} of run {request.run!r} was saved is not known: {error} Once the store can be "
+            "reached again, save the step again: that is safe either way."
+        ) from error
+    if found is None:
+        raise UnavailableError(
+            f"step {request.step} of run {request.run!r} was not saved, as far as can be seen now: {error} "
+            "Save it again: that is safe either way."
+        ) from error
+    yield Sync((str(key),))
+    return found  # type: ignore[no-any-return]
 
 
 def _clean_up(request: SaveRequest, replaces: list[str]) -> Generator[Operation, Any, None]:

@@ -64,6 +64,11 @@ class PlannedChunk:
     element: int
     raw_bytes: int
 
+    @property
+    def private(self) -> bool:
+        """Whether nobody else can write to its memory."""
+        return all(source.private for source, _, _ in self.parts)
+
     def read(self) -> ByteArray:
         """The raw bytes, contiguous; a view where one part in host memory holds them all."""
         pieces = [source.read(start, stop) for source, start, stop in self.parts]

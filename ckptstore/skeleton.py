@@ -275,6 +275,16 @@ def tensors(node: Any, segment_bytes: Sequence[int], path: str = "") -> Iterator
         yield here, TensorNode.from_json(leaf, here, segment_bytes)
 
 
+def registered_names(node: Any) -> Iterator[Any]:
+    """The name of every registered type in the tree."""
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if isinstance(current, dict) and current.get(TAG) == "registered":
+            yield current.get("name")
+        stack.extend(child for _, child in _children_and_metadata(current, ""))
+
+
 def tensor_places(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """The same as they stand in the tree, unchecked."""
     for here, leaf in _leaves(node, path, _children_and_metadata):

@@ -134,7 +134,8 @@ class Run:
             state: a tree of dicts, lists, tensors, numbers and so on (docs/reference/api.md lists them), and of objects
                 with `state_dict()` and `load_state_dict()`: modules, optimizers, schedulers, `RngState`.
             step: a whole number from 0 to 2**63-1.
-            metrics: small values to show beside the step, such as `{"loss": 2.5}`.
+            metrics: small values to show beside the step, such as `{"loss": 2.5}`. Where the step holds the same state
+                already, its own metrics and metadata stay, unless `replace` is given.
             metadata: small values of your own, such as the configuration.
             replace: put this state in the place of another one that was saved as the same step.
 

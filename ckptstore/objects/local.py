@@ -75,8 +75,14 @@ class LocalObjects(Objects):
             finally:
                 _unlink_quietly(temporary)
             if ours:
-                self._anchor(folder)
-                _fsync_folder(folder)
+                try:
+                    self._anchor(folder)
+                    _fsync_folder(folder)
+                except BaseException:
+                    # The name may not survive a power loss, and asking the disk again may hide that. So it goes: an
+                    # object that is there must be one that stays.
+                    _unlink_quietly(path)
+                    raise
         return ours
 
     def put(self, key: str, content: Bytes) -> None:
@@ -206,9 +212,10 @@ class LocalObjects(Objects):
         try:
             os.link(temporary, path)
         except OSError as error:
-            # The reply of an NFS server may be lost and its retry refused: the count of links knows what happened.
-            if os.stat(temporary).st_nlink == 2:
-                return True
+            # The reply of an NFS server may be lost and its retry refused: that both are one file tells what happened.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(temporary), os.stat(path)):
+                    return True
             if isinstance(error, FileExistsError):
                 return False
             if error.errno in NO_HARD_LINKS:

@@ -5,7 +5,7 @@ skeleton and a function that supplies the tensors. Neither knows of chunks or of
 """
 
 from ckptstore.tree.flatten import TensorLeaf, flatten
-from ckptstore.tree.registry import is_plain_tensor, is_stateful, register
+from ckptstore.tree.registry import is_plain_tensor, is_stateful, register, registration_named, registration_of
 from ckptstore.tree.unflatten import unflatten
 from ckptstore.tree.values import MAX_JSON_INT, TORCH_DTYPES, decode_hashable
 
@@ -18,5 +18,7 @@ __all__ = [
     "is_plain_tensor",
     "is_stateful",
     "register",
+    "registration_named",
+    "registration_of",
     "unflatten",
 ]

@@ -5,13 +5,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 import ckptstore
 from ckptstore.errors import CheckpointWarning
+from ckptstore.manifest import encode
 from ckptstore.objects.memory import MemoryObjects
+from ckptstore.testing import FailingObjects
 
 
 def state(step: int) -> dict[str, Any]:
@@ -198,7 +201,7 @@ def test_where_nothing_verifies_the_error_says_that_the_destination_is_mixed() -
     for key in small.content:
         if key.startswith("runs/"):
             small.place.delete(key)
-    with pytest.raises(ckptstore.CorruptError, match="holds parts of a damaged checkpoint now and must not be used"):
+    with pytest.raises(ckptstore.CorruptError, match="holds parts of a checkpoint now and must not be used"):
         restore_quietly(small, {"weight": torch.zeros(300, 300)})
 
 
@@ -209,6 +212,50 @@ def test_a_damaged_manifest_beside_an_older_one_of_the_same_step_is_told() -> No
     small.place.put(raced, small.content[key][:900])
     with pytest.warns(CheckpointWarning, match="f{32}.json is damaged or cut off.*Going back to step 2"):
         assert small.run.restore({"weight": torch.zeros(8, 4)}) is not None
+
+
+def test_what_a_damaged_checkpoint_has_written_must_be_overwritten_by_the_one_before() -> None:
+    """With strict=False the older step may lack a tensor; then the damaged one's bytes would stay."""
+    small = SmallStore()
+    first, second, third = (torch.randn(300, 300) for _ in range(3))
+    small.run.save({"m": torch.nn.ParameterDict({"a": first})}, step=3)
+    small.run.save({"m": torch.nn.ParameterDict({"a": second, "b": third})}, step=4)
+    manifest = small.run.checkpoint(4)._manifest
+    key = manifest.chunks[manifest.segments[1].chunks[0]].key
+    content = bytearray(small.place.get(key) or b"")
+    content[-1] ^= 1
+    small.place.put(key, bytes(content))
+    module = torch.nn.ParameterDict({"a": torch.zeros(300, 300), "b": torch.zeros(300, 300)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ckptstore.InvalidInputError, match=r"does not hold m.b.*must not be used"):
+            small.run.restore({"m": module}, strict=False)
+        # Where the older one holds it all, it simply takes its place.
+        assert small.run.restore({"m": torch.nn.ParameterDict({"a": torch.zeros(300, 300)})}, strict=False) is not None
+
+
+def test_a_tree_that_makes_no_sense_is_gone_back_from_as_well() -> None:
+    small = SmallStore()
+    small.run.save({"x": torch.ones(2)}, step=3)
+    manifest = small.run.checkpoint(3)._manifest
+    tree = {"x": {"$": "tensor", "dtype": "float32", "shape": [99], "segment": 0}}
+    crafted = msgspec.structs.replace(manifest, tree=tree)
+    small.place.put(str(manifest.key), encode(crafted))
+    small.run.save({"x": torch.ones(2)}, step=2, replace=True)
+    with pytest.warns(CheckpointWarning, match="step 2"):
+        assert small.run.restore({"x": torch.zeros(2)}) is not None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ckptstore.UnavailableError])
+def test_a_restore_that_is_cut_off_says_that_the_destination_is_mixed(error: type[BaseException]) -> None:
+    small = SmallStore()
+    small.run.save({str(number): torch.randn(300, 300) for number in range(20)}, step=3)
+    broken = FailingObjects(small.place, fail_at=14, error=lambda: error("cut off"))
+    destination = {str(number): torch.zeros(300, 300) for number in range(20)}
+    with pytest.raises(error) as caught:
+        ckptstore.Store(broken).run("run").restore(destination)
+    told = "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert "must not be used" in told
 
 
 def test_damage_found_again_is_marked_once() -> None:

@@ -1,5 +1,6 @@
 """save_async: a copy is saved while the state changes; errors reach the caller; nothing is lost at exit."""
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import ckptstore
-from ckptstore import performing
+from ckptstore import background, performing, segments
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.testing import FailingObjects, RecordingObjects
@@ -105,6 +106,27 @@ def test_an_error_that_nobody_asked_for_is_raised_by_the_next_save(place: Object
     with pytest.raises(ckptstore.UnavailableError, match=r"step 1 of run 'run' failed in the background: .*asked for"):
         store.run("run").save({"x": torch.zeros(3)}, step=2)
     assert store.run("run").save({"x": torch.zeros(3)}, step=2).step == 2
+
+
+def test_failed_saves_do_not_keep_their_copies(place: Objects) -> None:
+    class Down(RecordingObjects):
+        def create(self, key: str, content: Any) -> bool:
+            raise ckptstore.UnavailableError("down")
+
+        def get(self, key: str) -> bytes | None:
+            raise ckptstore.UnavailableError("down")
+
+    run = ckptstore.Store(Down(place)).run("run")
+    for step in range(3):
+        state = {"x": torch.ones(300, 300)}
+        pending = run.save_async(state, step=step)
+        with pytest.raises(ckptstore.UnavailableError):
+            pending.result()
+    del pending
+    gc.collect()
+    assert background._under_way == set()
+    arrays = [each for each in gc.get_objects() if type(each) is segments.Source and each.bytes == 360_000]
+    assert arrays == []
 
 
 def test_a_long_save_keeps_its_session_beating(place: Objects, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ckptstore
+from ckptstore import chunk
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.testing import RecordingObjects
@@ -407,6 +408,31 @@ def test_a_state_that_changes_while_it_is_saved_is_an_error_and_no_checkpoint(pl
         ckptstore.Store(Training(place)).run("run").save({"weight": weight}, step=1)
     assert ckptstore.Store(place).run("run").steps() == []
     assert place.list("sessions/") == []
+
+
+def test_a_write_between_hash_and_encoding_is_seen(place: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.zeros(200, 200)
+    encode = chunk.encode
+
+    def encode_after_a_write(raw: Any, element: int) -> Any:
+        weight.add_(1)
+        return encode(raw, element)
+
+    monkeypatch.setattr("ckptstore.performing.encode_chunk", encode_after_a_write)
+    run = ckptstore.Store(place).run("run")
+    with pytest.raises(ckptstore.InvalidInputError, match="the state changed while it was saved"):
+        run.save({"weight": weight}, step=1)
+    assert place.list("chunks/") == []
+    run.save_async({"weight": weight}, step=1).result()  # of a copy, so nothing can write to it
+    assert run.load()["weight"].max() == run.load()["weight"].min()
+
+
+def test_new_metrics_of_the_same_state_count_only_with_replace(run: ckptstore.Run) -> None:
+    run.save({"x": 1}, step=1, metrics={"loss": 2.0})
+    assert run.save({"x": 1}, step=1, metrics={"loss": 3.0}).metrics == {"loss": 2.0}
+    assert run.save({"x": 1}, step=1, metrics={"loss": 3.0}, replace=True).metrics == {"loss": 3.0}
+    assert run.checkpoint().metrics == {"loss": 3.0}
+    assert run.steps() == [1]
 
 
 def test_nothing_warns_in_good_order(run: ckptstore.Run) -> None:

@@ -49,6 +49,34 @@ def leftovers(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file()]
 
 
+def test_a_create_that_cannot_be_made_durable_leaves_nothing(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects.put("runs/other", b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr("ckptstore.objects.local._fsync_folder", failing(errno.EIO))
+        with pytest.raises(UnavailableError, match="cannot create"):
+            objects.create("runs/key", b"content")
+    assert objects.get("runs/key") is None
+    assert objects.create("runs/key", b"again") is True
+
+
+def test_a_file_that_somebody_linked_elsewhere_is_not_taken_for_ours(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects.create("key", b"first")
+    link = os.link
+
+    def link_twice(source: str, target: str) -> None:
+        # A backup program makes a link of its own to every new file.
+        link(source, f"{source}.backup")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert objects.create("key", b"second") is False
+    assert objects.get("key") == b"first"
+
+
 def test_constructing_touches_nothing(objects: LocalObjects, root: Path) -> None:
     assert objects.get("a/b") is None
     assert objects.list("") == []

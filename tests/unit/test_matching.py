@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ckptstore
+from ckptstore.tree import registry
 
 
 @pytest.fixture
@@ -116,6 +117,142 @@ def test_an_int_and_a_text_key_are_two(run: ckptstore.Run) -> None:
     run.restore(destination)
     assert destination[1].tolist() == [1, 1]
     assert destination["1"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: torch.empty(2, 3, device="meta"), "is a meta tensor here"),
+        (lambda: torch.zeros(2, 3).to_sparse(), "is a torch.sparse_coo tensor here"),
+        (lambda: torch.zeros(1, 3).expand(2, 3), "is expanded here"),
+        (lambda: inference_tensor(), "is an inference tensor here"),
+        (lambda: torch.nn.parameter.UninitializedParameter(), "is a UninitializedParameter here"),
+    ],
+)
+def test_a_tensor_that_cannot_be_written_to_is_told(run: ckptstore.Run, make: Any, told: str) -> None:
+    assert told in refusal(run, {"x": torch.ones(2, 3)}, {"x": make()})
+
+
+def inference_tensor() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.zeros(2, 3)
+
+
+def test_a_module_on_the_meta_device_is_refused(run: ckptstore.Run) -> None:
+    assert "m.weight is a meta tensor here" in refusal(
+        run, {"m": torch.nn.Linear(2, 2)}, {"m": torch.nn.Linear(2, 2, device="meta")}
+    )
+
+
+@pytest.mark.parametrize("live", [{"a": torch.zeros(2)}, {}, None, 3])
+def test_saved_tensors_that_a_nested_destination_lacks_are_told(run: ckptstore.Run, live: Any) -> None:
+    saved = {"ema": {"a": torch.ones(2), "b": torch.ones(2)}, "more": torch.ones(1)}
+    assert "is in the checkpoint and not in the destination" in refusal(run, saved, {"ema": live})
+    checkpoint = run.restore({"ema": live}, strict=False)
+    assert checkpoint is not None
+    assert set(checkpoint.unexpected) <= {"ema", "ema.a", "ema.b"}
+    assert checkpoint.unexpected
+
+
+def test_a_type_that_is_not_registered_is_told_before_anything_is_written(run: ckptstore.Run) -> None:
+    class Kept:
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+    class Holder:
+        def state_dict(self) -> dict[str, Any]:
+            return {"kept": Kept(3)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise AssertionError("not to be called")
+
+    ckptstore.register(Kept, "test.Kept", lambda kept: kept.value, Kept)
+    run.save({"h": Holder(), "w": torch.ones(300, 300)}, step=1)
+    registry._by_name.pop("test.Kept")
+    weight = torch.zeros(300, 300)
+    with pytest.raises(ckptstore.InvalidInputError, match=r"'test.Kept', which is not registered here"):
+        run.restore({"h": Holder(), "w": weight})
+    assert weight.sum() == 0
+
+
+def test_extra_state_of_another_length_is_the_modules_to_take(run: ckptstore.Run) -> None:
+    class Growing(torch.nn.Module):
+        def __init__(self, length: int) -> None:
+            super().__init__()
+            self.history = torch.ones(length)
+
+        def get_extra_state(self) -> torch.Tensor:
+            return self.history
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.history = state
+
+    run.save({"m": Growing(7)}, step=1)
+    fresh = Growing(0)
+    run.restore({"m": fresh})
+    assert fresh.history.tolist() == [1] * 7
+
+
+def test_a_module_that_takes_buffers_of_any_length_by_code_of_its_own(run: ckptstore.Run) -> None:
+    class Resizing(torch.nn.Module):
+        def __init__(self, length: int) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.ones(length))
+
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+            self.seen = torch.zeros_like(state_dict[f"{prefix}seen"])
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    run.save({"m": torch.nn.Sequential(Resizing(5), torch.nn.Linear(2, 2))}, step=1)
+    resizing = Resizing(0)
+    run.restore({"m": torch.nn.Sequential(resizing, torch.nn.Linear(2, 2))})
+    assert resizing.get_buffer("seen").tolist() == [1] * 5
+
+
+def test_a_module_whose_load_state_dict_takes_no_strict(run: ckptstore.Run) -> None:
+    class Own(torch.nn.Linear):
+        def load_state_dict(self, state: Any) -> Any:  # type: ignore[override]
+            return super().load_state_dict(state)
+
+    saved, fresh = Own(2, 2), Own(2, 2)
+    run.save({"m": saved}, step=1)
+    run.restore({"m": fresh}, strict=False)
+    assert torch.equal(saved.weight, fresh.weight)
+
+
+def test_an_optimizer_in_half_precision_takes_moments_in_single(run: ckptstore.Run) -> None:
+    def stepped(dtype: torch.dtype) -> torch.optim.Adam:
+        parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        optimizer = torch.optim.Adam([parameter])
+        parameter.grad = torch.ones(3, dtype=dtype)
+        optimizer.step()
+        return optimizer
+
+    run.save({"o": stepped(torch.float32)}, step=1)
+    half = stepped(torch.bfloat16)
+    run.restore({"o": half})
+    assert half.state_dict()["state"][0]["exp_avg"].dtype is torch.bfloat16
+
+
+def test_a_graph_from_before_the_restore_no_longer_holds(run: ckptstore.Run) -> None:
+    weight = torch.nn.Parameter(torch.ones(300, 300))
+    run.save({"w": weight}, step=1)
+    loss = (weight * weight).sum()
+    run.restore({"w": weight})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def test_the_default_device_does_not_matter(run: ckptstore.Run) -> None:
+    weight = torch.zeros(300, 300)
+    run.save({"w": torch.ones(300, 300), "b": torch.ones(3)}, step=1)
+    torch.set_default_device("meta")
+    try:
+        run.restore({"w": weight})
+        assert run.load(only="b").device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    assert weight.sum() == 90_000
 
 
 def test_deques_and_ordered_dicts_of_tensors_are_filled(run: ckptstore.Run) -> None:

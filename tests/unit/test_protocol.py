@@ -233,9 +233,22 @@ def test_a_commit_without_an_answer_that_did_arrive_is_a_success() -> None:
 def test_a_commit_whose_outcome_is_unknown_leaves_the_session() -> None:
     model = Model()
     model.fail = Create
-    with pytest.raises(UnavailableError, match="is not known"):
+    with pytest.raises(UnavailableError, match="was not saved, as far as can be seen now: no answer"):
         model.perform(save(request()))
     assert session_key(save_id(9)) in model.content
+
+
+def test_where_nobody_answers_any_more_the_outcome_is_said_to_be_unknown() -> None:
+    class GoesAway(Model):
+        def do(self, operation: Operation) -> Any:
+            answer = super().do(operation)
+            if isinstance(operation, Create):
+                self.fail = Get
+                raise UnavailableError("the connection was cut")
+            return answer
+
+    with pytest.raises(UnavailableError, match="whether step 5 of run 'run' was saved is not known"):
+        GoesAway().perform(save(request()))
 
 
 @pytest.mark.parametrize("fails", [Upload, Sync])
@@ -251,7 +264,7 @@ def test_the_same_content_at_the_same_step_is_returned_as_it_is() -> None:
     model = Model()
     model.hold(manifest(1, step=5))
     assert model.perform(save(request())).save == save_id(1)
-    assert "Open" not in model.done
+    assert model.done == ["List", "Get", "List", "Sync"]
 
 
 def test_other_content_at_the_same_step_is_a_conflict() -> None:
