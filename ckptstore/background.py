@@ -5,12 +5,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.errors import CheckpointError
 
 __all__ = ["PendingSave"]
+
+T = TypeVar("T")
 
 
 class PendingSave:
@@ -24,10 +26,11 @@ class PendingSave:
         step: the step being saved.
     """
 
-    def __init__(self, run: str, step: int, work: Callable[[], Checkpoint]) -> None:
+    def __init__(self, run: str, step: int, work: Callable[[T], Checkpoint], snapshot: T) -> None:
         self.run = run
         self.step = step
         self._work = work
+        self._snapshot: list[Any] = [snapshot]
         self._checkpoint: Checkpoint | None = None
         self._error: BaseException | None = None
         self._told = False
@@ -84,13 +87,12 @@ class PendingSave:
 
     def _save(self) -> None:
         try:
-            self._checkpoint = self._work()
+            # Taken out, and handed over as an argument: nothing but the work may keep the copy of the state alive.
+            self._checkpoint = self._work(self._snapshot.pop())
         except BaseException as error:  # handed over to result(), the next save, or the end of the interpreter
-            # Its frames hold the copy of the state, which must not live as long as the error.
-            traceback.clear_frames(error.__traceback__)
+            traceback.clear_frames(error.__traceback__)  # these hold it as well
             self._error = error
         finally:
-            del self._work  # and with it the copy of the state
             if self._error is None:
                 _under_way.discard(self)
 

@@ -186,10 +186,10 @@ class Run:
         segments.detach(snapshot.sources, threads=worker_threads())
         objects, name = self._objects, self.name
 
-        def work() -> Checkpoint:
-            return Checkpoint(saving.save(objects, name, number, snapshot, replace=replace))
+        def work(copied: saving.Snapshot) -> Checkpoint:
+            return Checkpoint(saving.save(objects, name, number, copied, replace=replace))
 
-        pending = self._store._pending[name] = PendingSave(name, number, work)
+        pending = self._store._pending[name] = PendingSave(name, number, work, snapshot)
         return pending
 
     def restore(
