@@ -45,7 +45,7 @@ demo: $(DEMO_STAMP)  ## train, kill in the middle of a save, resume, prove that 
 	@$(dir $<)bin/python -m trainer.demo $(DEMO_ARGS)
 
 test: venv  ## run the tests (PYTEST_ARGS='-k restore', JOBS=4)
-	@$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 check: venv  ## formatting, lint, types, imports between modules, code in the documents
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
