@@ -258,6 +258,58 @@ def test_a_restore_that_is_cut_off_says_that_the_destination_is_mixed(error: typ
     assert "must not be used" in told
 
 
+def test_a_damaged_manifest_is_an_error_of_load_and_no_other_step_is_given(damaged: tuple[SmallStore, str]) -> None:
+    small, _ = damaged
+    key = next(key for key in small.content if key.startswith("runs/") and small.belongs_to(key) == 2)
+    small.place.put(key, small.content[key][:-1])
+    with pytest.raises(ckptstore.CorruptError, match=r"the manifest of step 2 of run 'run' is damaged.*steps 1"):
+        small.run.load(2)
+    with pytest.raises(ckptstore.CorruptError, match="Name an older step, or let restore"):
+        small.run.load()
+    with pytest.raises(ckptstore.CorruptError):
+        ckptstore.Store(small.place).usage()
+
+
+def test_a_store_that_cannot_be_written_to_is_gone_back_in_all_the_same(damaged: tuple[SmallStore, str]) -> None:
+    class ReadOnly(MemoryObjects):
+        def create(self, key: str, content: Any) -> bool:
+            raise ckptstore.UnavailableError("read-only")
+
+    small, _ = damaged
+    store = ckptstore.Store(ReadOnly(small.place.url))
+    with pytest.warns(CheckpointWarning, match="Going back to step 1"):
+        assert store.run("run").restore({"zeros": torch.zeros(64, dtype=torch.int64), "weight": torch.zeros(8, 4)})
+    report = store.verify()
+    assert not report.ok
+    assert not report.marked
+
+
+def test_a_damaged_chunk_that_no_checkpoint_needs_is_found_too() -> None:
+    small = SmallStore()
+    [key, *_] = {ref.key for ref in small.refs(2)}
+    small.run.delete(2)
+    small.place.put(key, small.content[key][:-1])
+    report = ckptstore.Store(small.place).verify()
+    assert [(found.key, found.run) for found in report.damaged] == [(key, None)]
+    assert small.run.save(state(2), step=2).step == 2
+    assert torch.equal(small.run.load(2)["weight"], state(2)["weight"])
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_verified_is_not_damaged() -> None:
+    small = SmallStore()
+
+    class Deleting(MemoryObjects):
+        def get(self, key: str) -> bytes | None:
+            if key.startswith("chunks/") and 2 in small.run.steps():
+                doomed = {ref.key for ref in small.refs(2)}
+                small.run.delete(2)
+                for each in doomed:
+                    small.place.delete(each)
+            return super().get(key)
+
+    assert ckptstore.Store(Deleting(small.place.url)).verify().ok
+
+
 def test_damage_found_again_is_marked_once() -> None:
     small = SmallStore()
     small.place.put(small.refs(2)[0].key, b"nonsense")

@@ -9,11 +9,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import ckptstore
 from ckptstore import background, performing, segments
+from ckptstore.manifest import decode_session
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.testing import FailingObjects, RecordingObjects
@@ -40,8 +42,10 @@ class Slow(RecordingObjects):
 def test_the_state_may_change_while_it_is_saved(place: Objects) -> None:
     slow = Slow(place)
     run = ckptstore.Store(slow).run("run")
-    weight, bias, words = torch.zeros(300, 300), torch.zeros(3), [1, 2]
-    pending = run.save_async({"weight": weight, "bias": bias, "words": words}, step=1, metrics={"loss": 1.0})
+    weight, bias, words, array = torch.zeros(300, 300), torch.zeros(3), [1, 2], np.zeros(9)
+    state = {"weight": weight, "bias": bias, "words": words, "array": array}
+    pending = run.save_async(state, step=1, metrics={"loss": 1.0})
+    array.fill(1)
     weight.fill_(1)
     bias.fill_(1)
     words.append(3)
@@ -51,7 +55,7 @@ def test_the_state_may_change_while_it_is_saved(place: Objects) -> None:
     checkpoint = pending.result()
     assert (checkpoint.step, checkpoint.metrics) == (1, {"loss": 1.0})
     loaded = run.load()
-    assert loaded["weight"].sum() == loaded["bias"].sum() == 0
+    assert loaded["weight"].sum() == loaded["bias"].sum() == loaded["array"].sum() == 0
     assert loaded["words"] == [1, 2]
     assert pending.done()
     assert "saved" in repr(pending)
@@ -135,6 +139,8 @@ def test_a_long_save_keeps_its_session_beating(place: Objects, monkeypatch: pyte
     pending = ckptstore.Store(slow).run("run").save_async({"x": torch.ones(3)}, step=1)
     while len([key for key in slow.keys("put") if key.startswith("sessions/")]) < 4:
         assert not pending.done()
+    [session] = [row.key for row in place.list("sessions/")]
+    assert decode_session(place.get(session) or b"", session).beat >= 2
     slow.go.set()
     pending.result()
     assert place.list("sessions/") == []

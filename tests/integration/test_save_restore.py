@@ -435,6 +435,17 @@ def test_new_metrics_of_the_same_state_count_only_with_replace(run: ckptstore.Ru
     assert run.steps() == [1]
 
 
+def test_a_view_with_gaps_is_stored_without_what_lies_between(run: ckptstore.Run) -> None:
+    table = torch.arange(400_000.0).reshape(1000, 400)
+    assert run.save({"part": table[:, :10]}, step=1).raw_bytes == 1000 * 10 * 4
+    assert torch.equal(run.load()["part"], table[:, :10])
+
+
+def test_loaded_tensors_are_aligned_as_torchs_own(run: ckptstore.Run) -> None:
+    run.save([torch.ones(size) for size in (3, 5, 70_000, 1_100_000)], step=1)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in run.load())
+
+
 def test_nothing_warns_in_good_order(run: ckptstore.Run) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

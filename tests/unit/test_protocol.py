@@ -156,6 +156,45 @@ def test_what_a_listing_shows_is_reused() -> None:
     assert [(ref.save, ref.stored) for ref in saved.chunks] == [(save_id(9), 7), (save_id(3), 5)]
 
 
+def test_what_was_found_in_a_listing_is_made_durable_too() -> None:
+    model = Model()
+    model.hold(manifest(1))
+    model.content[chunk_key(B, save_id(3))] = b"12345"
+    synced: list[str] = []
+    steps = save(request(chunks={A: 100, B: 200, "d" * 64: 5}))
+    operation = next(steps)
+    while not isinstance(operation, Create):
+        if isinstance(operation, Sync):
+            synced += operation.keys
+        operation = steps.send(model.do(operation))
+    # Not A: it stands in a manifest, so it was durable before.
+    assert synced == [chunk_key(B, save_id(3)), chunk_key("d" * 64, save_id(9))]
+
+
+def test_an_object_longer_than_any_chunk_of_its_length_is_not_reused() -> None:
+    model = Model()
+    model.content[chunk_key(B, save_id(3))] = bytes(200 + 105)
+    model.perform(save(request()))
+    assert model.uploaded == [A, B]
+
+
+def test_a_commit_counts_even_if_cleaning_up_fails() -> None:
+    model = Model()
+    model.fail = Close
+    assert model.perform(save(request())).save == save_id(9)
+
+
+def test_an_interrupt_before_the_commit_closes_the_session() -> None:
+    model = Model()
+    steps = save(request())
+    operation = next(steps)
+    while not isinstance(operation, Upload):
+        operation = steps.send(model.do(operation))
+    assert isinstance(steps.throw(KeyboardInterrupt()), Close)
+    with pytest.raises(KeyboardInterrupt):
+        steps.send(None)
+
+
 def test_a_condemned_chunk_is_not_reused_wherever_it_is_seen() -> None:
     model = Model()
     model.hold(manifest(1))
@@ -331,7 +370,7 @@ def test_the_current_manifest_is_the_latest_that_no_other_replaces() -> None:
 
 def test_delete_buries_the_current_manifest_last() -> None:
     model = Model()
-    model.hold(manifest(3, step=5), manifest(4, step=5, replaces=[save_id(3)]))
+    model.hold(manifest(3, step=5, replaces=[save_id(4)]), manifest(4, step=5))
     model.hold(manifest(2, step=6))
     buried = []
     steps = delete("run", 5, NOW)
@@ -343,7 +382,7 @@ def test_delete_buries_the_current_manifest_last() -> None:
             operation = steps.send(model.do(operation))
         except StopIteration:
             break
-    assert buried == [manifest_key("run", 5, save_id(3)), manifest_key("run", 5, save_id(4))]
+    assert buried == [manifest_key("run", 5, save_id(4)), manifest_key("run", 5, save_id(3))]
 
 
 def test_a_session_says_who_saves_what() -> None:
