@@ -24,6 +24,7 @@ from tests.servers import S3Server
 from tests.tiny_trainer import write_tiny_text
 
 STEPS, SAVE_EVERY = 60, 7
+PATIENCE_SECONDS = 600  # on a machine that others keep busy
 MODEL = {"vocab-size": 60, "embed-size": 48, "hidden-size": 200, "batch-size": 4, "bptt": 8, "dropout": 0.2}
 
 
@@ -46,7 +47,7 @@ class Training:
 
     def finish(self) -> str:
         process = self.start()
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, output
         return output
 
@@ -96,7 +97,7 @@ class Training:
 
 
 def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -131,7 +132,7 @@ def check(folder: Path, url: str, options: dict[str, Any] | None, *more: str) ->
     choose = random.Random(os.urandom(8))
     first = choose.randint(8, 20)
     broken.kill_after(first)
-    within = sum(broken.kill_in_a_save() for _ in range(2))
+    within = any(broken.kill_in_a_save() for _ in range(5))  # until one is met in the act
     broken.kill_after(min(broken.last_step() + choose.randint(2, 9), STEPS - 2))
     output = broken.finish()
     assert "resumed from step" in output
@@ -139,7 +140,7 @@ def check(folder: Path, url: str, options: dict[str, Any] | None, *more: str) ->
     assert len(broken.losses()) == STEPS
     assert broken.digest() == unbroken.digest()
     assert ckptstore.Store(url, options).verify().ok
-    assert within >= 1, "no save was met in the act, in two tries"
+    assert within, "no save was met in the act, in five tries"
 
 
 @pytest.mark.parametrize("more", [(), ("--async",)], ids=["sync", "async"])
