@@ -47,7 +47,7 @@ class VerifyReport:
         chunks: how many chunk objects were read.
         bytes: their size.
         damaged: all that was found damaged; one row for each tensor of each checkpoint that needs a damaged chunk.
-        unknown: keys that are none of a store's, such as files that somebody put beside its own; not damage.
+        unknown: keys in the store's folders that are none of its own, such as somebody's files; not damage.
         marked: whether damaged chunks could be marked, so that no save takes them up again.
     """
 

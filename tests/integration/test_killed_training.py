@@ -52,10 +52,11 @@ class Training:
         return output
 
     def kill_after(self, step: int) -> None:
-        """Kill it once it has logged `step`."""
+        """Kill it once it has logged `step`, and there is a checkpoint to go on from."""
+        objects = open_objects(self.url, self.options)
         process = self.start()
         try:
-            wait_for(lambda: self.last_step() >= step, process)
+            wait_for(lambda: self.last_step() >= step and objects.list(f"runs/{self.name}/"), process)
         finally:
             process.send_signal(signal.SIGKILL)
             process.communicate()
