@@ -197,7 +197,8 @@ def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"
     if not of_step:
         return found
     candidates = yield from _read(of_step)
-    standing = current(candidates)
+    # As a restore does, past what cannot be read: beside it there may be a sound checkpoint, which must not be lost.
+    standing = current([candidate for candidate in candidates if candidate.manifest is not None])
     if standing is not None and standing.manifest is not None:
         # Only what was found corrupt: a chunk condemned as garbage may have come to be referenced, and is sound then.
         lists = yield from _read_condemned()
