@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from ckptstore import chunk as chunks
-from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError
+from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, retold
 from ckptstore.kernels import ByteArray
 from ckptstore.manifest import ChunkRef, Manifest
 from ckptstore.objects.base import Objects
 from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Stage, staged, worker_threads
-from ckptstore.skeleton import TensorNode, contiguous_stride, tensors
+from ckptstore.skeleton import TensorNode, contiguous_stride
 from ckptstore.tree import TORCH_DTYPES
 
 _ALIGNMENT = 64
@@ -159,19 +159,11 @@ class Assembly:
         try:
             yield
         except CorruptError as error:
-            paths = paths_of_chunk(self.manifest, job.index)
+            paths = self.manifest.paths_of_chunk(job.index)
+            paths = paths if len(paths) <= 8 else [*paths[:8], f"and {len(paths) - 8} more"]
             text = f"{self._name()}: {', '.join(paths)}: the chunk {job.ref.key}: {error}"
-            named = type(error)(text)
-            named.key = job.ref.key
-            raise named from error
-
-
-def paths_of_chunk(manifest: Manifest, index: int) -> list[str]:
-    """The paths of the tensors that need a chunk; the first few of many."""
-    segments = {number for number, segment in enumerate(manifest.segments) if index in segment.chunks}
-    lengths = [segment.bytes for segment in manifest.segments]
-    found = [path for path, node in tensors(manifest.tree, lengths) if node.segment in segments]
-    return found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} more"]
+            error.key = job.ref.key
+            raise retold(error, text) from error
 
 
 def _new_memory(length: int) -> ByteArray:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ckptstore.checkpoint import Checkpoint
-from ckptstore.errors import CheckpointError
+from ckptstore.errors import CheckpointError, retold
 
 __all__ = ["PendingSave"]
 
@@ -78,7 +78,7 @@ class PendingSave:
             return
         if isinstance(error, CheckpointError):
             text = f"the save of step {self.step} of run {self.run!r} failed in the background: {error}"
-            raise type(error)(text) from error
+            raise retold(error, text) from error
         raise error
 
     def _tell(self) -> None:

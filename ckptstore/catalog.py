@@ -11,7 +11,7 @@ from ckptstore.errors import CheckpointWarning, CorruptError, NotFoundError
 from ckptstore.format import MARKER_KEY, RUNS, ManifestKey, run_prefix
 from ckptstore.manifest import Manifest, Marker, decode_marker
 from ckptstore.objects.base import ObjectInfo, Objects
-from ckptstore.protocol import Candidate, current, may_be_committed, read_candidate
+from ckptstore.protocol import current, may_be_committed, read_candidate
 
 
 def read_marker(objects: Objects) -> Marker | None:
@@ -90,15 +90,10 @@ def read_step(
 
     Reads small objects too: a manifest that was cut off is no fence.
     """
-    candidates: list[Candidate] = []
-    damaged: list[ManifestKey] = []
-    for key, row in rows:
-        found = read_candidate(key, row.modified, objects.get(row.key))
-        if found is not None and found.manifest is None:
-            damaged.append(key)
-        elif found is not None:
-            candidates.append(found)
+    found = (read_candidate(key, row.modified, objects.get(row.key)) for key, row in rows)
+    candidates = [candidate for candidate in found if candidate is not None]
     standing = current(candidates)
+    damaged = [candidate.key for candidate in candidates if candidate.manifest is None]
     return (standing.manifest if standing else None), damaged
 
 

@@ -68,7 +68,7 @@ class Checkpoint:
         """The tree as it was saved, with a `TensorInfo` for each tensor, and the inner tree of what was registered."""
         from ckptstore.tree import unflatten
 
-        return unflatten(self._manifest.tree, _info, self._segment_bytes(), describe=True)
+        return unflatten(self._manifest.tree, _info, self._manifest.segment_bytes, describe=True)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -87,10 +87,7 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Each tensor, array and long bytes object by its path, such as "model.linear.weight"."""
-        return {path: _info(node, path) for path, node in tensors(self._manifest.tree, self._segment_bytes())}
-
-    def _segment_bytes(self) -> list[int]:
-        return [segment.bytes for segment in self._manifest.segments]
+        return {path: _info(node, path) for path, node in tensors(self._manifest.tree, self._manifest.segment_bytes)}
 
 
 def _info(node: TensorNode, path: str) -> TensorInfo:

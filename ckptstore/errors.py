@@ -4,6 +4,8 @@ Every error that leaves the package is one of these (or a programming error such
 Each text says what happened, where (run, step, tensor path, key) and what to do next; the cause is chained.
 """
 
+from typing import TypeVar
+
 __all__ = [
     "CheckpointError",
     "CheckpointWarning",
@@ -62,3 +64,14 @@ class UnavailableError(CheckpointError):
 
 class CheckpointWarning(UserWarning):
     """Something is wrong with the store that did not keep the call from doing its work."""
+
+
+E = TypeVar("E", bound=CheckpointError)
+
+
+def retold(error: E, text: str) -> E:
+    """The same error with another text; internal. It keeps what programs look at: its type, and the damaged key."""
+    again = type(error)(text)
+    if isinstance(error, CorruptError) and isinstance(again, CorruptError):
+        again.key = error.key
+    return again

@@ -14,7 +14,6 @@ from ckptstore.errors import InvalidInputError
 FORMAT_VERSION = 1
 """Of the marker, manifests, sessions and condemned lists. Chunks carry a version of their own (chunk.py)."""
 
-DIGEST_BYTES = 32
 DEFAULT_CHUNK_BYTES = 8 * 2**20
 DEFAULT_SMALL_BYTES = 64 * 2**10
 """Segments shorter than this are packed together into bundles."""
@@ -99,10 +98,6 @@ def run_prefix(run: str) -> str:
 
 def manifest_key(run: str, step: int, save_id: str) -> str:
     return f"{RUNS}{run}/{step:020d}.{save_id}.json"
-
-
-def step_prefix(run: str, step: int) -> str:
-    return f"{RUNS}{run}/{step:020d}."
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -26,7 +26,7 @@ from ckptstore.format import (
     session_key,
 )
 from ckptstore.sealed import seal, unseal
-from ckptstore.skeleton import leaves
+from ckptstore.skeleton import leaves, tensors
 
 # \Z and not $, which would let a line break at the end pass, into a key.
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -136,6 +136,16 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     @property
     def key(self) -> ManifestKey:
         return ManifestKey(self.run, self.step, self.save)
+
+    @property
+    def segment_bytes(self) -> list[int]:
+        """The length of each segment, against which the tree's tensors are checked."""
+        return [segment.bytes for segment in self.segments]
+
+    def paths_of_chunk(self, index: int) -> list[str]:
+        """The paths of the tensors that need a chunk of the table."""
+        segments = {number for number, segment in enumerate(self.segments) if index in segment.chunks}
+        return [path for path, node in tensors(self.tree, self.segment_bytes) if node.segment in segments]
 
 
 class Ended(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

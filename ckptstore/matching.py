@@ -64,6 +64,9 @@ class Match:
     def check(self, manifest: Manifest, *, strict: bool) -> None:
         """Raise one InvalidInputError that lists everything that does not fit."""
         lines = list(self.problems)
+        if not strict and self.missing and not self._fills_anything():
+            lacking = ", ".join(self.missing[:_SHOWN])
+            lines.append(f"nothing of the destination is in the checkpoint (it lacks {lacking})")
         if strict:
             lines += [f"{path} is not in the checkpoint" for path in self.missing]
             lines += [f"{path} is in the checkpoint and not in the destination" for path in self.unexpected]
@@ -80,6 +83,11 @@ class Match:
             "Nothing was changed."
         )
 
+    def _fills_anything(self) -> bool:
+        """With strict=False a misspelt name must not pass for a restore."""
+        others = [stateful for stateful in self.statefuls if not isinstance(stateful.leaf, torch.nn.Module)]
+        return bool(self.slots or others)
+
 
 def match(destination: Any, manifest: Manifest) -> Match:
     """Walk the destination and the saved tree side by side. Raises CorruptError if the saved tree makes no sense."""
@@ -91,7 +99,7 @@ def match(destination: Any, manifest: Manifest) -> Match:
 class _Matcher:
     def __init__(self, manifest: Manifest) -> None:
         self.found = Match()
-        self._segment_bytes = [segment.bytes for segment in manifest.segments]
+        self._segment_bytes = manifest.segment_bytes
 
     def walk(self, live: Any, node: Any, path: str) -> None:
         if registration_of(live) is not None:

@@ -15,6 +15,9 @@ from typing import Any, Generic, TypeVar
 MAX_INFLIGHT_BYTES = 256 * 2**20
 """What a save or restore holds at most beyond the state itself."""
 
+Progress = Callable[[int, int], None]
+"""What callers may pass to watch: called with the bytes done so far and those to be done in all."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 

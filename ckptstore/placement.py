@@ -72,7 +72,7 @@ class Placement:
                 if isinstance(slot.live, torch.Tensor) and not slot.live.is_inference():
                     # The bytes were written past autograd, which is to know that older graphs no longer hold.
                     torch.autograd.graph.increment_version(slot.live)
-        lengths = [segment.bytes for segment in self.manifest.segments]
+        lengths = self.manifest.segment_bytes
         for stateful in self.matched.statefuls:
 
             def supply(node: TensorNode, path: str, slots: dict[str, Slot] = stateful.slots) -> Any:

@@ -32,6 +32,7 @@ from ckptstore.errors import (
 )
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
+from ckptstore.pipeline import Progress
 from ckptstore.skeleton import TAG, TensorNode, contiguous_stride, tensor_places, tensors
 from ckptstore.tree import TORCH_DTYPES, TensorLeaf, flatten, unflatten
 
@@ -44,8 +45,6 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 DOCUMENT_VERSION = 1
 MAX_HEADER_BYTES = 90_000_000
 """Readers of safetensors refuse a header beyond 100 MB; escapes may make it a little longer than its texts."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -94,7 +93,7 @@ def export_file(
     _check_torch_has_dtypes(manifest)
     found = _filled(objects, manifest, progress)
     # Values of registered types as the plain trees that they were saved as: their pickles would run code.
-    state = unflatten(manifest.tree, lambda node, _: found.value(node), _lengths(manifest), describe=True)
+    state = unflatten(manifest.tree, lambda node, _: found.value(node), manifest.segment_bytes, describe=True)
     _write(file, lambda temporary: _write_torch(temporary, state), overwrite=overwrite)
 
 
@@ -195,14 +194,10 @@ def _explained(action: str, file: Path) -> Iterator[None]:
 # ---- from the store
 
 
-def _lengths(manifest: Manifest) -> list[int]:
-    return [segment.bytes for segment in manifest.segments]
-
-
 def _filled(objects: Objects, manifest: Manifest, progress: Progress | None) -> Assembly:
     """Every tensor of the checkpoint in memory, verified."""
     assembly = Assembly(manifest)
-    for _, node in tensors(manifest.tree, _lengths(manifest)):
+    for _, node in tensors(manifest.tree, manifest.segment_bytes):
         assembly.want(node)
     total, read = assembly.stored_bytes(), 0
 
@@ -254,7 +249,7 @@ def _require_safetensors() -> Any:
 def _names(manifest: Manifest) -> list[str]:
     """A name for each tensor: its path; with a number where paths read the same ({"a.b": …} and {"a": {"b": …}})."""
     names: dict[str, None] = {}
-    for path, _ in tensors(manifest.tree, _lengths(manifest)):
+    for path, _ in tensors(manifest.tree, manifest.segment_bytes):
         wanted = name = path or "tensor"
         number = 2
         # __metadata__ is what the format calls its own part of the header.
@@ -265,7 +260,7 @@ def _names(manifest: Manifest) -> list[str]:
 
 
 def _check_dtypes(manifest: Manifest, names: Sequence[str]) -> None:
-    for name, (_, node) in zip(names, tensors(manifest.tree, _lengths(manifest)), strict=True):
+    for name, (_, node) in zip(names, tensors(manifest.tree, manifest.segment_bytes), strict=True):
         dtype = _torch_dtype(node)
         if dtype is None or not _can_be_written(dtype):
             raise InvalidInputError(
@@ -298,7 +293,7 @@ def _can_be_written(dtype: torch.dtype) -> bool:
 def _write_safetensors(temporary: Path, assembly: Assembly, names: Sequence[str]) -> None:
     safetensors = _require_safetensors()
     manifest = assembly.manifest
-    lengths = _lengths(manifest)
+    lengths = manifest.segment_bytes
     nodes = [node for _, node in tensors(manifest.tree, lengths)]
     seen: set[int] = set()
     named: dict[str, torch.Tensor] = {}
@@ -453,7 +448,7 @@ def _small_values(node: Any) -> dict[str, Any] | None:
 
 
 def _check_torch_has_dtypes(manifest: Manifest) -> None:
-    for path, node in tensors(manifest.tree, _lengths(manifest)):
+    for path, node in tensors(manifest.tree, manifest.segment_bytes):
         if node.tag == "tensor" and node.dtype not in TORCH_DTYPES:
             raise UnsupportedFormatError(
                 f"{path} has dtype {node.dtype}, which torch {torch.__version__} lacks: install a newer torch."

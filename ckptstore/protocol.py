@@ -140,9 +140,11 @@ class _Found:
 
 
 def current(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Which manifest of a step counts: one that no other replaces, the latest by the store's clock, then by id."""
+    """Which manifest of a step counts: one that can be read and no other replaces, the latest by the store's clock,
+    then by id. What cannot be read stands in the way of nothing: a sound one beside it must not be lost.
+    """
     replaced = {save for found in candidates if found.manifest for save in found.manifest.replaces}
-    standing = [found for found in candidates if found.key.save_id not in replaced]
+    standing = [found for found in candidates if found.manifest and found.key.save_id not in replaced]
     return max(standing, key=lambda found: (found.modified, found.key.save_id), default=None)
 
 
@@ -162,17 +164,25 @@ def save(request: SaveRequest) -> Generator[Operation, Any, Manifest]:
     found = yield from _look(request)
     if isinstance(found, Manifest):
         return found
-    yield Open(_session(request))  # 1
     try:
+        yield Open(_session(request))  # 1
         manifest = yield from _assemble(request, found)
     except (Exception, KeyboardInterrupt):
         # No manifest was created, so the outcome is known. What was uploaded stays for the collector: another save
         # may have found it and reuse it.
-        yield Close(request.save)
+        yield from _close_quietly(request.save)
         raise
     yield from _commit(request, manifest)
     yield from _clean_up(request, found.replaces)
     return manifest
+
+
+def _close_quietly(save_id: str) -> Generator[Operation, Any, None]:
+    """Close a session on the way out with an error, which must not be hidden by another one."""
+    try:
+        yield Close(save_id)
+    except UnavailableError:
+        return  # a session without a save ends by itself
 
 
 def _session(request: SaveRequest) -> Session:
@@ -189,16 +199,17 @@ def _session(request: SaveRequest) -> Session:
 def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"]:
     """The friendly check before step 1: whether this step is saved already."""
     rows: list[ObjectInfo] = yield List((run_prefix(request.run),))
-    manifests = [(key, row) for row in rows if may_be_committed(row) and (key := ManifestKey.parse(row.key))]
+    keyed = [(key, row) for row in rows if (key := ManifestKey.parse(row.key))]
+    manifests = [(key, row) for key, row in keyed if may_be_committed(row)]
     found = _Found()
     if manifests:
         found.newest = max(manifests, key=lambda pair: (pair[0].step, pair[1].modified))[0]
-    of_step = [(key, row) for key, row in manifests if key.step == request.step]
+    # Of any size: a manifest that was cut off is to be replaced as well.
+    of_step = [(key, row) for key, row in keyed if key.step == request.step]
     if not of_step:
         return found
     candidates = yield from _read(of_step)
-    # As a restore does, past what cannot be read: beside it there may be a sound checkpoint, which must not be lost.
-    standing = current([candidate for candidate in candidates if candidate.manifest is not None])
+    standing = current(candidates)
     if standing is not None and standing.manifest is not None:
         # Only what was found corrupt: a chunk condemned as garbage may have come to be referenced, and is sound then.
         lists = yield from _read_condemned()
@@ -333,7 +344,7 @@ def _commit(request: SaveRequest, manifest: Manifest) -> Generator[Operation, An
     except UnavailableError as error:
         found = yield from _look_after_lost_answer(request, key, error)
     if found != content:
-        yield Close(request.save)
+        yield from _close_quietly(request.save)
         raise FencedError(
             f"the save of step {request.step} of run {request.run!r} was taken for dead by a collection, because this "
             f"process did not show itself in time, and can no longer commit ({key}). Save again."

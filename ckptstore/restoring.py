@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 from ckptstore import catalog
 from ckptstore.assembly import Assembly
 from ckptstore.condemning import condemn_corrupt
-from ckptstore.errors import CheckpointError, CheckpointWarning, CorruptError, InvalidInputError
+from ckptstore.errors import CheckpointError, CheckpointWarning, CorruptError, InvalidInputError, retold
 from ckptstore.manifest import Manifest
 from ckptstore.matching import match
 from ckptstore.objects.base import Objects
+from ckptstore.pipeline import Progress
 from ckptstore.placement import Placement
 from ckptstore.skeleton import find, tensors
 from ckptstore.tree import unflatten
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes read so far and those to be read in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ def load(
     """The tree of a checkpoint, or the part of it at the path `only`. Raises CorruptError, NotFoundError."""
     node = manifest.tree if only is None else find(manifest.tree, only)
     path = only or ""
-    lengths = [segment.bytes for segment in manifest.segments]
+    lengths = manifest.segment_bytes
     assembly = Assembly(manifest, device)
     for _, tensor in tensors(node, lengths, path):
         assembly.want(tensor)
@@ -47,9 +45,10 @@ def load(
         assembly.fill(objects, _counted(assembly, progress))
     except CorruptError as error:
         condemn_corrupt(objects, error)
-        raise type(error)(
+        raise retold(
+            error,
             f"{error}. Load another step, or let run.restore() go back to one that verifies; `ckptstore verify` lists "
-            "all damage."
+            "all damage.",
         ) from error
     return unflatten(node, lambda described, _: assembly.value(described), lengths, path)
 
@@ -93,10 +92,11 @@ def restore(
             placement.put_in_place(strict=strict)
             return Restored(found, placement.matched.missing, placement.matched.unexpected)
         if damage:
-            raise CorruptError(
+            raise retold(
+                damage[-1],
                 f"no checkpoint of run {run!r} can be restored: {damage[-1]}."
                 f"{f' ({len(damage)} checkpoints were tried.)' if len(damage) > 1 else ''}"
-                f"{'' if target.was_written else ' The destination was not changed.'}"
+                f"{'' if target.was_written else ' The destination was not changed.'}",
             ) from damage[-1]
     return None
 
@@ -138,7 +138,7 @@ class _Target:
         except CheckpointError as error:
             if not self.was_written:
                 raise
-            raise type(error)(f"{str(error).removesuffix(' Nothing was changed.')} {_MIXED}") from error
+            raise retold(error, f"{str(error).removesuffix(' Nothing was changed.')} {_MIXED}") from error
         except BaseException as error:
             if self.was_written:
                 error.add_note(_MIXED)

@@ -223,6 +223,22 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, list) and len(item) == 2
 
 
+def decode_plain(node: dict[str, Any]) -> Any:
+    """The value of an int, float, complex, bytes or str node. Raises KeyError, TypeError, ValueError, struct.error."""
+    match node[TAG]:
+        case "int":
+            return int(node["hex"], 16)
+        case "float":
+            return struct.unpack(">d", bytes.fromhex(node["bits"]))[0]
+        case "complex":
+            return complex(*struct.unpack(">dd", bytes.fromhex(node["bits"])))
+        case "bytes":
+            return bytes.fromhex(node["hex"])
+        case "str":
+            return bytes.fromhex(node["hex"]).decode("utf-8", "surrogatepass")
+    raise ValueError("no plain value")
+
+
 def simple_key(node: Any) -> Any:
     """A dict's key for use in a path: as the Python key where that is readable, else its node as text."""
     if not isinstance(node, dict):
@@ -232,14 +248,12 @@ def simple_key(node: Any) -> Any:
         return tuple(simple_key(item) for item in items)
     try:
         match node.get(TAG):
-            case "bytes":
-                return bytes.fromhex(node["hex"])
-            case "int" if len(node["hex"]) <= 40:  # Python does not write out an int of thousands of digits
-                return int(node["hex"], 16)
             case "str":
                 return bytes.fromhex(node["hex"]).decode("utf-8", "backslashreplace")
-            case "float":
-                return struct.unpack(">d", bytes.fromhex(node["bits"]))[0]
+            case "bytes" | "float":
+                return decode_plain(node)
+            case "int" if len(node["hex"]) <= 40:  # Python does not write out an int of thousands of digits
+                return decode_plain(node)
     except (KeyError, TypeError, ValueError, struct.error):
         pass  # the text will do; who decodes the key says what is wrong with it
     return repr(node)

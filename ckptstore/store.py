@@ -1,7 +1,7 @@
 """What people touch: `Store` and `Run`. Rooms that need torch are imported when a state is first saved or restored."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptstore import catalog, protocol, verifying
@@ -13,6 +13,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.performing import Performer
+from ckptstore.pipeline import Progress
 from ckptstore.usage import Usage
 from ckptstore.verifying import VerifyReport
 from ckptstore.writer import now_text
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Run", "Store"]
-
-Progress = Callable[[int, int], None]
 
 
 class Store:

@@ -1,7 +1,6 @@
 """Reads every byte of a store (or of a run) and says which tensor of which checkpoint is damaged. Needs no torch."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,10 +12,9 @@ from ckptstore.errors import CheckpointError, CorruptError, UnsupportedFormatErr
 from ckptstore.format import CHUNKS, CONDEMNED, MARKER_KEY, RUNS, SESSIONS, ChunkKey, ManifestKey, run_prefix
 from ckptstore.manifest import Manifest, decode_condemned, decode_manifest, decode_session
 from ckptstore.objects.base import Objects
-from ckptstore.pipeline import Stage, staged, worker_threads
+from ckptstore.pipeline import Progress, Stage, staged, worker_threads
 from ckptstore.skeleton import tensors
 
-Progress = Callable[[int, int], None]
 _undescribed = threading.Lock()
 
 
@@ -130,7 +128,7 @@ def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) ->
             if manifest_key is not None:
                 value = decode_manifest(content, manifest_key)
                 if isinstance(value, Manifest):
-                    list(tensors(value.tree, [segment.bytes for segment in value.segments]))
+                    list(tensors(value.tree, value.segment_bytes))
                     manifests.append(value)
             elif key.startswith(SESSIONS):
                 decode_session(content, key)
@@ -188,7 +186,7 @@ def _report_chunks(
             if still_there[manifest.key]:
                 rows += [
                     Damage(manifest.run, manifest.step, path, str(each.key), reasons[each.key])
-                    for path in _paths(manifest, index)
+                    for path in manifest.paths_of_chunk(index)
                 ]
         if rows or not each.users:
             report.damaged += rows or [Damage(None, None, None, str(each.key), reasons[each.key])]
@@ -199,9 +197,3 @@ def _report_chunks(
 def _stands(objects: Objects, manifest: Manifest) -> bool:
     content = objects.get(str(manifest.key))
     return content is not None and isinstance(decode_manifest(content, manifest.key), Manifest)
-
-
-def _paths(manifest: Manifest, index: int) -> list[str]:
-    segments = {number for number, segment in enumerate(manifest.segments) if index in segment.chunks}
-    lengths = [segment.bytes for segment in manifest.segments]
-    return [path for path, node in tensors(manifest.tree, lengths) if node.segment in segments]

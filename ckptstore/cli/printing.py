@@ -7,8 +7,10 @@ or wrapped in the middle, so that what is piped can be searched.
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from ckptstore.pipeline import Progress
 
 __all__ = [
     "bytes_text",
@@ -22,7 +24,6 @@ __all__ = [
     "warn",
 ]
 
-Progress = Callable[[int, int], None]
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 

@@ -91,7 +91,7 @@ class _Item:
 
 def _tree(manifest: Manifest) -> _Item:
     """The checkpoint's tree. Raises CorruptError."""
-    lengths = [segment.bytes for segment in manifest.segments]
+    lengths = manifest.segment_bytes
     first_of: dict[int, str] = {}
 
     def build(path: str, above: str, node: Any, depth: int) -> _Item:

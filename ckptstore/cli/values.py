@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckptstore.errors import CorruptError
-from ckptstore.skeleton import MAPPING_TAGS, MAX_DEPTH, SEQUENCE_TAGS, TAG, TENSOR_TAGS, numpy_item_bytes
+from ckptstore.skeleton import MAPPING_TAGS, MAX_DEPTH, SEQUENCE_TAGS, TAG, TENSOR_TAGS, decode_plain, numpy_item_bytes
 
 __all__ = ["is_container", "pairs", "to_json", "to_text", "type_name"]
 
@@ -104,16 +104,8 @@ def _plain(node: Any, depth: int) -> Any:
 
 def _value(tag: str, node: dict[str, Any]) -> Any:
     match tag:
-        case "int":
-            return int(node["hex"], 16)
-        case "float":
-            return struct.unpack(">d", bytes.fromhex(node["bits"]))[0]
-        case "complex":
-            return complex(*struct.unpack(">dd", bytes.fromhex(node["bits"])))
-        case "bytes":
-            return bytes.fromhex(node["hex"])
-        case "str":
-            return bytes.fromhex(node["hex"]).decode("utf-8", "surrogatepass")
+        case "int" | "float" | "complex" | "bytes" | "str":
+            return decode_plain(node)
         case "dtype" | "device":
             return str(node["name"])
         case "scalar":

@@ -5,6 +5,7 @@ Opening does no I/O; only `self_test` makes requests.
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,11 @@ def open_objects(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
         raise InvalidInputError(f"{url!r} is no place for a store. Give a path or a URL such as s3://bucket/prefix.")
     protocol, separator, path = place.partition("://")
     if not separator:
+        if mistyped := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place):
+            name = mistyped[0].removesuffix(":/")
+            raise InvalidInputError(
+                f"{place!r} looks like a URL with a slash too few: give {name}://…, or ./{name}:/… for such a folder."
+            )
         return _local(place)
     if protocol in ("file", "local"):
         return _local(path)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ckptstore.errors import CorruptError, InvalidInputError, UnsupportedFormatError
-from ckptstore.skeleton import ITEM_SIZES, MAX_DEPTH, TAG, numpy_item_bytes
+from ckptstore.skeleton import ITEM_SIZES, MAX_DEPTH, TAG, decode_plain, numpy_item_bytes
 
 MAX_JSON_INT = 2**53
 """Integers from here on are written in hex: other JSON readers would round them."""
@@ -133,16 +133,8 @@ def _decode(node: Any, depth: int) -> Any:
             if len(found) != len(members):
                 raise ValueError("a member stands twice")
             return found
-        case "int":
-            return int(node["hex"], 16)
-        case "float":
-            return struct.unpack(">d", bytes.fromhex(node["bits"]))[0]
-        case "complex":
-            return complex(*struct.unpack(">dd", bytes.fromhex(node["bits"])))
-        case "bytes":
-            return bytes.fromhex(node["hex"])
-        case "str":
-            return bytes.fromhex(node["hex"]).decode("utf-8", "surrogatepass")
+        case "int" | "float" | "complex" | "bytes" | "str":
+            return decode_plain(node)
         case "size":
             return _size(_members(node, depth))
         case "dtype":

@@ -3,6 +3,7 @@
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -308,6 +309,21 @@ def test_a_checkpoint_that_is_deleted_while_it_is_verified_is_not_damaged() -> N
             return super().get(key)
 
     assert ckptstore.Store(Deleting(small.place.url)).verify().ok
+
+
+def test_an_error_names_the_damaged_key_to_programs_too() -> None:
+    small = SmallStore()
+    small.run.delete(1)
+    key = small.refs(2)[0].key
+    damages: list[Callable[[], None]] = [partial(small.place.put, key, b"nonsense"), partial(small.place.delete, key)]
+    for damage in damages:
+        damage()
+        kind = ckptstore.CorruptError if small.place.get(key) else ckptstore.MissingChunkError
+        destination = {name: torch.zeros_like(value) for name, value in state(0).items() if name != "step"}
+        for call in (small.run.load, partial(small.run.restore, destination)):
+            with pytest.raises(kind) as caught:
+                call()
+            assert caught.value.key == key
 
 
 def test_damage_found_again_is_marked_once() -> None:

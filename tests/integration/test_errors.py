@@ -99,7 +99,7 @@ def test_metrics_that_are_not_small_values(place: Objects, metrics: Any) -> None
     assert place.list("") == []
 
 
-@pytest.mark.parametrize("url", ["", "nosuch://x", "s3://", "file://", "http://user:pw@host"])
+@pytest.mark.parametrize("url", ["", "nosuch://x", "s3:/bucket/x", "s3://", "file://", "http://user:pw@host"])
 def test_a_place_that_is_none(url: str) -> None:
     with pytest.raises(ckptstore.CheckpointError):
         ckptstore.Store(url).run("run").save({"x": 1}, step=1)

@@ -255,6 +255,15 @@ def test_the_default_device_does_not_matter(run: ckptstore.Run) -> None:
     assert weight.sum() == 90_000
 
 
+@pytest.mark.parametrize(
+    "live", [{"modle": torch.nn.Linear(2, 2)}, {"model": torch.nn.Sequential(torch.nn.Linear(2, 2))}]
+)
+def test_a_restore_that_would_fill_nothing_is_refused_without_strict_too(run: ckptstore.Run, live: Any) -> None:
+    run.save({"model": torch.nn.Linear(2, 2)}, step=1)
+    with pytest.raises(ckptstore.InvalidInputError, match="nothing of the destination is in the checkpoint"):
+        run.restore(live, strict=False)
+
+
 def test_deques_and_ordered_dicts_of_tensors_are_filled(run: ckptstore.Run) -> None:
     run.save({"o": OrderedDict(x=torch.ones(1)), "t": (torch.ones(1), 5)}, step=1)
     x, t = torch.zeros(1), torch.zeros(1)

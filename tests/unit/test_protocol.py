@@ -368,6 +368,53 @@ def test_the_current_manifest_is_the_latest_that_no_other_replaces() -> None:
     assert current([candidate(1, 7.0), candidate(2, 7.0)]) == candidate(2, 7.0)
 
 
+def cut_off(value: Manifest, length: int) -> bytes:
+    return encode(value)[:length]
+
+
+def test_a_sound_checkpoint_beside_a_damaged_manifest_of_its_step_is_a_conflict_all_the_same() -> None:
+    model = Model()
+    sound, later = manifest(1, step=5, content="d" * 64), manifest(8, step=5)
+    model.hold(sound)
+    model.content[str(later.key)] = cut_off(later, -1)
+    with pytest.raises(ConflictError):
+        model.perform(save(request()))
+    assert current([Candidate(sound.key, 1.0, sound), Candidate(later.key, 2.0, None)]) == Candidate(
+        sound.key, 1.0, sound
+    )
+
+
+@pytest.mark.parametrize("length", [100, -1])
+def test_a_damaged_manifest_is_taken_away_by_saving_its_step_again(length: int) -> None:
+    model = Model()
+    damaged = manifest(1, step=5)
+    model.content[str(damaged.key)] = cut_off(damaged, length)
+    assert model.perform(save(request())).replaces == [save_id(1)]
+    assert isinstance(decode_manifest(model.content[str(damaged.key)], damaged.key), Ended)
+
+
+def test_an_open_whose_answer_was_lost_leaves_no_session() -> None:
+    class LosesAnswer(Model):
+        def do(self, operation: Operation) -> Any:
+            answer = super().do(operation)
+            if isinstance(operation, Open):
+                raise UnavailableError("the answer was lost")
+            return answer
+
+    model = LosesAnswer()
+    with pytest.raises(UnavailableError, match="the answer was lost"):
+        model.perform(save(request()))
+    assert model.content == {}
+
+
+def test_a_session_that_cannot_be_closed_hides_no_other_error() -> None:
+    model = Model()
+    model.hold(Ended(state="fenced", run="run", step=5, save=save_id(9), created=NOW))
+    model.fail = Close
+    with pytest.raises(FencedError):
+        model.perform(save(request()))
+
+
 def test_delete_buries_the_current_manifest_last() -> None:
     model = Model()
     model.hold(manifest(3, step=5, replaces=[save_id(4)]), manifest(4, step=5))
