@@ -1,6 +1,7 @@
 """A save in the background: one thread, its result or error kept for whoever asks, and nothing lost at exit."""
 
 import atexit
+import os
 import sys
 import threading
 import traceback
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ckptstore.checkpoint import Checkpoint
-from ckptstore.errors import CheckpointError, retold
+from ckptstore.errors import CheckpointError, UnavailableError, retold
 
 __all__ = ["PendingSave"]
 
@@ -34,6 +35,7 @@ class PendingSave:
         self._checkpoint: Checkpoint | None = None
         self._error: BaseException | None = None
         self._told = False
+        self._process = os.getpid()
         # Not a daemon: the interpreter must not end while it works.
         self._thread = threading.Thread(target=self._save, name=f"ckptstore-save-{run}-{step}", daemon=False)
         _under_way.add(self)
@@ -41,11 +43,13 @@ class PendingSave:
 
     def __repr__(self) -> str:
         outcome = "under way" if not self.done() else "failed" if self._error else "saved"
+        if self._is_of_another_process():
+            outcome = f"under way in process {self._process}"
         return f"<PendingSave {self.run}@{self.step}: {outcome}>"
 
     def done(self) -> bool:
-        """Whether it has ended, either way."""
-        return not self._thread.is_alive()
+        """Whether it has ended, either way. In a process that was forked meanwhile that is never known."""
+        return not self._thread.is_alive() and not self._is_of_another_process()
 
     def result(self, timeout: float | None = None) -> Checkpoint:
         """Wait for the save and return its checkpoint.
@@ -55,8 +59,14 @@ class PendingSave:
 
         Raises:
             TimeoutError: it is still under way after `timeout` seconds; it goes on.
+            UnavailableError: this process was forked while the save was under way, and only the other one knows of it.
             Exception: whatever `Run.save` raises, if the save failed.
         """
+        if self._is_of_another_process():
+            raise UnavailableError(
+                f"the save of step {self.step} of run {self.run!r} is under way in process {self._process}, from which "
+                "this one was forked: ask there, or look for the step in the run."
+            )
         self._wait(timeout)
         self._tell()
         if self._error is not None:
@@ -64,7 +74,13 @@ class PendingSave:
         assert self._checkpoint is not None
         return self._checkpoint
 
+    def _is_of_another_process(self) -> bool:
+        """Whether this is the copy that a fork made of a save under way: its thread did not come along."""
+        return self._process != os.getpid() and self._checkpoint is None and self._error is None
+
     def _wait(self, timeout: float | None = None) -> None:
+        if self._is_of_another_process():
+            return
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"the save of step {self.step} of run {self.run!r} is still under way.")
@@ -126,3 +142,4 @@ def _at_exit(hook: Callable[[], Any]) -> None:
 
 
 _at_exit(_finish_all)
+os.register_at_fork(after_in_child=_under_way.clear)

@@ -11,6 +11,8 @@ from ckptstore.skeleton import TAG, TensorNode, tensors
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
+_SHORT = 60
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -54,7 +56,7 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         sizes = f"{self.raw_bytes:,} bytes, {self.stored_bytes:,} stored, {self.new_bytes:,} of them new"
-        metrics = "".join(f", {name}={value!r}" for name, value in self.metrics.items())
+        metrics = "".join(f", {name}={_short(value)}" for name, value in self.metrics.items())
         return f"<Checkpoint {self.run}@{self.step}{metrics}: {sizes}, {self.created:%Y-%m-%d %H:%M:%S} UTC>"
 
     def __eq__(self, other: object) -> bool:
@@ -92,6 +94,14 @@ class Checkpoint:
 
 def _info(node: TensorNode, path: str) -> TensorInfo:
     return TensorInfo(node.dtype, node.shape, node.logical_bytes)
+
+
+def _short(value: Any) -> str:
+    """A metric in a few characters."""
+    if hasattr(value, "item"):
+        value = value.item()  # of NumPy
+    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
 
 
 def _values(node: Any) -> dict[str, Any]:

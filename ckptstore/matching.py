@@ -26,6 +26,8 @@ from ckptstore.tree import (
 )
 
 _SHOWN = 12
+_OF_SCHEDULERS = {"initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr"}
+"""What torch's schedulers add to an optimizer's parameter groups; they may be made after the restore."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +235,23 @@ class _Matcher:
         if not isinstance(groups, list):
             self._differs(path, f"an optimizer ({type(optimizer).__name__})", node)
             return
-        saved = [len((_mapping_members(group) or {}).get("params", ())) for group in groups]
+        members = [_mapping_members(group) or {} for group in groups]
+        saved = [len(group.get("params", ())) for group in members]
         live = [len(group["params"]) for group in optimizer.param_groups]
         if saved != live:
             self.found.problems.append(f"{path} has parameter groups of {live} tensors and {saved} in the checkpoint")
+            return
+        for group, own in zip(members, optimizer.param_groups, strict=True):
+            # A newer version of an optimizer has settings more. One that has settings less besides is another: torch
+            # would take over its settings, and fail in the first step, or train with what they happen to be.
+            lacking = sorted(key for key in optimizer.defaults if key not in group)
+            foreign = sorted(str(key) for key in group if key not in own and key not in _OF_SCHEDULERS)
+            if lacking and foreign:
+                self.found.problems.append(
+                    f"{path} is a {type(optimizer).__name__} here, and its settings in the checkpoint are those of "
+                    f"another optimizer ({', '.join(foreign)} in place of {', '.join(lacking)})"
+                )
+                return
 
     def _differs(self, path: str, here: str, node: Any) -> None:
         self.found.problems.append(f"{path or 'the state'} is {here} here and {_kind(node)} in the checkpoint")

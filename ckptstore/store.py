@@ -1,7 +1,9 @@
 """What people touch: `Store` and `Run`. Rooms that need torch are imported when a state is first saved or restored."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptstore import catalog, protocol, verifying
@@ -44,6 +46,7 @@ class Store:
     ) -> None:
         self._objects = url if isinstance(url, Objects) else open_objects(url, storage_options)
         self._pending: dict[str, PendingSave] = {}
+        self._turns: dict[str, threading.RLock] = {}
 
     @property
     def url(self) -> str:
@@ -152,9 +155,9 @@ class Run:
         from ckptstore import saving
 
         number = check_step(step)
-        self._settle()
-        snapshot = saving.take_apart(state, metrics, metadata)
-        return Checkpoint(saving.save(self._objects, self.name, number, snapshot, replace=replace))
+        with self._turn():
+            snapshot = saving.take_apart(state, metrics, metadata)
+            return Checkpoint(saving.save(self._objects, self.name, number, snapshot, replace=replace))
 
     def save_async(
         self,
@@ -180,15 +183,15 @@ class Run:
         from ckptstore.pipeline import worker_threads
 
         number = check_step(step)
-        self._settle()
-        snapshot = saving.take_apart(state, metrics, metadata)
-        segments.detach(snapshot.sources, threads=worker_threads())
         objects, name = self._objects, self.name
 
         def work(copied: saving.Snapshot) -> Checkpoint:
             return Checkpoint(saving.save(objects, name, number, copied, replace=replace))
 
-        pending = self._store._pending[name] = PendingSave(name, number, work, snapshot)
+        with self._turn():
+            snapshot = saving.take_apart(state, metrics, metadata)
+            segments.detach(snapshot.sources, threads=worker_threads())
+            pending = self._store._pending[name] = PendingSave(name, number, work, snapshot)
         return pending
 
     def restore(
@@ -302,6 +305,7 @@ class Run:
         step: int,
         metrics: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
     ) -> Checkpoint:
         """Save the content of a file as a checkpoint. No code that the file brings along runs.
 
@@ -311,6 +315,7 @@ class Run:
             step: the step to save it as.
             metrics: as for `save`; None takes those that an exported file brings along.
             metadata: likewise.
+            replace: as for `save`.
 
         Returns:
             The checkpoint.
@@ -326,16 +331,16 @@ class Run:
         from ckptstore import portable, saving, segments
 
         number = check_step(step)
-        self._settle()
-        given = saving.take_apart(None, metrics, metadata)
-        found = portable.read_file(path)
-        snapshot = saving.Snapshot(
-            found.tree,
-            segments.find(found.leaves),
-            metrics=found.metrics if metrics is None and found.metrics is not None else given.metrics,
-            metadata=found.metadata if metadata is None and found.metadata is not None else given.metadata,
-        )
-        return Checkpoint(saving.save(self._objects, self.name, number, snapshot, replace=False))
+        with self._turn():
+            given = saving.take_apart(None, metrics, metadata)
+            found = portable.read_file(path)
+            snapshot = saving.Snapshot(
+                found.tree,
+                segments.find(found.leaves),
+                metrics=found.metrics if metrics is None and found.metrics is not None else given.metrics,
+                metadata=found.metadata if metadata is None and found.metadata is not None else given.metadata,
+            )
+            return Checkpoint(saving.save(self._objects, self.name, number, snapshot, replace=replace))
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order, from one listing; empty if there is none.
@@ -394,11 +399,18 @@ class Run:
         catalog.require_store(self._objects)
         return catalog.newest_or_raise(self._objects, self.name)
 
-    def _settle(self) -> None:
-        """Wait for a save in the background, and raise its error if nobody was told of it."""
-        pending = self._store._pending.pop(self.name, None)
-        if pending is not None:
-            pending._settle()
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until no save of this run is under way, and keep other threads from beginning one.
+
+        Raises the error of a save in the background, if nobody was told of it.
+        """
+        with self._store._turns.setdefault(self.name, threading.RLock()):
+            pending = self._store._pending.get(self.name)
+            if pending is not None:
+                # It stays known while it is waited for: an interrupt must not make the run forget it.
+                pending._settle()
+            yield
 
     def _wait(self) -> None:
         pending = self._store._pending.get(self.name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ckptstore import catalog
 from ckptstore.errors import CorruptError
 from ckptstore.format import CHUNKS, ManifestKey
-from ckptstore.manifest import Manifest, decode_manifest
+from ckptstore.manifest import Manifest
 from ckptstore.objects.base import ObjectInfo, Objects
 from ckptstore.pipeline import each
 from ckptstore.protocol import may_be_committed
@@ -96,10 +96,11 @@ def read_all(objects: Objects, only: str | None = None) -> dict[str, list[Manife
         run, rows = step
         manifest, damaged = catalog.read_step(objects, rows)
         if manifest is None and damaged:
-            content = objects.get(str(damaged[0]))
-            if content is not None:
-                decode_manifest(content, damaged[0])  # raises what is wrong with it
-            raise CorruptError(f"{damaged[0]} cannot be read")
+            [key, *_] = damaged
+            raise CorruptError(
+                f"the manifest of step {key.step} of run {key.run!r} is damaged ({key}), so what the store holds "
+                "cannot be told. ckptstore verify says what is wrong with it; save the step again, or delete it."
+            )
         return run, manifest
 
     found: dict[str, list[Manifest]] = {run: [] for run in listed}

@@ -45,6 +45,8 @@ class VerifyReport:
         chunks: how many chunk objects were read.
         bytes: their size.
         damaged: all that was found damaged; one row for each tensor of each checkpoint that needs a damaged chunk.
+        harmless: damaged chunks that no checkpoint needs and that were marked before, so that no save takes them up:
+            what a checkpoint that was saved again or deleted has left. Nothing is to be done about them.
         unknown: keys in the store's folders that are none of its own, such as somebody's files; not damage.
         marked: whether damaged chunks could be marked, so that no save takes them up again.
     """
@@ -53,12 +55,13 @@ class VerifyReport:
     chunks: int = 0
     bytes: int = 0
     damaged: list[Damage] = field(default_factory=list)
+    harmless: list[Damage] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     marked: bool = True
 
     @property
     def ok(self) -> bool:
-        """True if nothing is damaged."""
+        """True if nothing is damaged that a checkpoint needs or a save might take up."""
         return not self.damaged
 
 
@@ -87,7 +90,7 @@ def verify(objects: Objects, run: str | None = None, progress: Progress | None =
     # Not the whole place: a disk's root has folders that nobody may list.
     prefixes = (RUNS, CHUNKS, SESSIONS, CONDEMNED) if run is None else (run_prefix(run),)
     sizes = {row.key: row.size for prefix in prefixes for row in objects.list(prefix)}
-    manifests = _check_documents(objects, sorted(sizes), report)
+    manifests, marked = _check_documents(objects, sorted(sizes), report)
     wanted = _wanted_chunks(manifests, sizes)
     report.checkpoints = len(manifests)
     total = sum(each.stored for each in wanted)
@@ -107,13 +110,14 @@ def verify(objects: Objects, run: str | None = None, progress: Progress | None =
 
     threads = max(worker_threads(), objects.request_threads)
     staged(wanted, [Stage(check, threads)], weigh=lambda each: each.stored + (each.raw or each.stored), done=count)
-    _report_chunks(objects, [each for each in wanted if each.key in reasons], reasons, report)
+    _report_chunks(objects, [each for each in wanted if each.key in reasons], reasons, marked, report)
     return report
 
 
-def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) -> list[Manifest]:
-    """Read everything that is JSON; return the committed manifests."""
+def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) -> tuple[list[Manifest], set[str]]:
+    """Read everything that is JSON; return the committed manifests, and the chunk keys that no save takes up."""
     manifests: list[Manifest] = []
+    condemned: set[str] = set()
     for key in keys:
         if ChunkKey.parse(key):
             continue
@@ -133,13 +137,13 @@ def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) ->
             elif key.startswith(SESSIONS):
                 decode_session(content, key)
             else:
-                decode_condemned(content, key)
+                condemned |= set(decode_condemned(content, key).keys)
         except UnsupportedFormatError:
             raise
         except CheckpointError as error:
             run, step = (manifest_key.run, manifest_key.step) if manifest_key else (None, None)
             report.damaged.append(Damage(run, step, None, key, str(error)))
-    return manifests
+    return manifests, condemned
 
 
 def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int]) -> list[_Wanted]:
@@ -173,7 +177,7 @@ def _check_chunk(objects: Objects, wanted: _Wanted) -> None:
 
 
 def _report_chunks(
-    objects: Objects, damaged: list[_Wanted], reasons: dict[ChunkKey, str], report: VerifyReport
+    objects: Objects, damaged: list[_Wanted], reasons: dict[ChunkKey, str], marked: set[str], report: VerifyReport
 ) -> None:
     still_there: dict[ManifestKey, bool] = {}
     condemned: list[str] = []
@@ -188,8 +192,12 @@ def _report_chunks(
                     Damage(manifest.run, manifest.step, path, str(each.key), reasons[each.key])
                     for path in manifest.paths_of_chunk(index)
                 ]
+        if not each.users:
+            row = Damage(None, None, None, str(each.key), reasons[each.key])
+            # Where it is not marked yet, a save could have taken it up: that is worth an alarm, once.
+            (report.harmless if str(each.key) in marked else report.damaged).append(row)
         if rows or not each.users:
-            report.damaged += rows or [Damage(None, None, None, str(each.key), reasons[each.key])]
+            report.damaged += rows
             condemned.append(str(each.key))
     report.marked = condemn_keys(objects, condemned)
 

@@ -27,6 +27,7 @@ NewTarget = Annotated[
         help="The checkpoint to make: STORE/RUN@STEP, where STORE may be new, or RUN@STEP of the default store.",
     ),
 ]
+Replace = Annotated[bool, typer.Option("--replace", help="Put it in the place of another state of that step.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite FILE if it is there.")]
 
 
@@ -79,6 +80,7 @@ def export(
 def import_(
     file: Input,
     target: NewTarget,
+    replace: Replace = False,
     storage_options: options.StorageOptions = None,
     as_json: options.Json = False,
 ) -> int:
@@ -90,7 +92,14 @@ def import_(
     """
     place = resolve_new(target, parse_options(storage_options))
     assert place.step is not None
-    checkpoint = Store(place.objects).run(place.require_run()).import_file(file, step=place.step)
+    run = Store(place.objects).run(place.require_run())
+    try:
+        checkpoint = run.import_file(file, step=place.step, replace=replace)
+    except ConflictError as error:
+        raise ConflictError(
+            f"{run.name}@{place.step} is there already, with another state, and is left as it is. Choose another step "
+            "or run, or give --replace to put this one in its place."
+        ) from error
     if as_json:
         document = _document(place.objects.url, checkpoint, file)
         sizes = {"stored_bytes": checkpoint.stored_bytes, "new_bytes": checkpoint.new_bytes}

@@ -141,14 +141,17 @@ def parse_options(text: str | None) -> dict[str, Any] | None:
 def _resolve_name(name: str, options: Mapping[str, Any] | None) -> Target:
     """A name without a slash: a folder here that is a store, else a run of the default store."""
     here = open_objects(name, options)
+    unreadable: UnavailableError | None = None
     try:
         if _has_marker(here) or _has_runs(here):
             return Target(here)
-    except UnavailableError:
-        pass  # a file of that name, or a folder that is not ours: no store
+    except UnavailableError as error:
+        unreadable = error  # a file of that name, or a folder that is not ours: a run of that name may be meant
     try:
         store = _default_store(options)
     except NotFoundError as error:
+        if unreadable is not None:
+            raise unreadable from None
         raise NotFoundError(f"there is no store at {here.url}, and {name} cannot be a run either: {error}") from None
     return Target(store, *split_run(name))
 

@@ -6,6 +6,7 @@ from ckptstore import Store
 from ckptstore.cli.options import Json, OptionalTarget, StorageOptions, examples
 from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, printable, progress_bar
 from ckptstore.cli.target import parse_options, resolve
+from ckptstore.format import CONDEMNED, MARKER_KEY, SESSIONS, ChunkKey
 from ckptstore.verifying import Damage, VerifyReport
 
 __all__ = ["add_to"]
@@ -54,6 +55,7 @@ def _document(store: str, run: str | None, report: VerifyReport) -> dict[str, ob
             {"run": each.run, "step": each.step, "path": each.path, "key": each.key, "reason": each.reason}
             for each in report.damaged
         ],
+        "harmless": [{"key": each.key, "reason": each.reason} for each in report.harmless],
         "unknown": report.unknown,
         "marked": report.marked,
     }
@@ -64,11 +66,14 @@ def _print(report: VerifyReport) -> None:
         print_line(f"damaged: {_name(each)}", bold=True)
         print_line(f"  key     {printable(each.key)}")
         print_line(f"  reason  {printable(each.reason)}")
+    for each in report.harmless:
+        print_line(f"harmless: {printable(each.key)} is damaged; no checkpoint needs it, and no save takes it up")
     for key in report.unknown:
         print_line(f"unknown: {printable(key)} is none of the store's objects; it was left alone")
     read = f"{counted(report.checkpoints, 'checkpoint')}, {counted(report.chunks, 'chunk')}, {bytes_text(report.bytes)}"
     if report.ok:
-        print_line(f"ok: {read} read; every byte is as it was saved")
+        but = " that a checkpoint needs" if report.harmless else ""
+        print_line(f"ok: {read} read; every byte{but} is as it was saved")
         return
     print_line(f"DAMAGED: {counted(len(report.damaged), 'finding')} in {read}")
     print_line()
@@ -86,17 +91,30 @@ def _name(damage: Damage) -> str:
 
 
 def _advice(report: VerifyReport) -> list[str]:
-    lines = [
-        "If there is a copy of the store, put the objects named above back from it, and verify again.",
-        "restore() goes back by itself to the newest checkpoint of a run that is whole; load(step=…) of a damaged one "
-        "raises.",
-    ]
-    if report.marked:
-        lines.append("The damaged chunks are marked: the next save of the same content uploads good ones.")
-    else:
+    """What to do about each kind of damage that was found, and about no other."""
+    keys = {each.key for each in report.damaged}
+    lines = ["If there is a copy of the store, put the objects named above back from it, and verify again."]
+    if any(each.run is not None for each in report.damaged):
+        lines += [
+            "restore() goes back by itself to the newest checkpoint of a run that is whole; load(step=…) of a damaged "
+            "one raises.",
+            "Saving a damaged step again mends it. One that cannot be had again can be deleted: ckptstore rm "
+            "STORE/RUN@STEP.",
+        ]
+    if any(ChunkKey.parse(key) for key in keys):
         lines.append(
-            "The damaged chunks could not be marked, as the store could not be written to: a save may take them up "
-            "again. Verify with permission to write."
+            "The damaged chunks are marked: the next save of the same content uploads good ones."
+            if report.marked
+            else "The damaged chunks could not be marked, as the store could not be written to: a save may take them "
+            "up again. Verify with permission to write."
         )
-    lines.append("A checkpoint that cannot be mended can be deleted: Store(url).run(name).delete(step).")
+    if MARKER_KEY in keys:
+        lines.append(f"No checkpoint depends on {MARKER_KEY}. If it is damaged, move it away; the next save makes it.")
+    if any(key.startswith(SESSIONS) for key in keys):
+        lines.append("A session says that a save is under way. Delete the damaged one when no job saves.")
+    if any(key.startswith(CONDEMNED) for key in keys):
+        lines.append(
+            "While a list of marks cannot be read, every save uploads all of its chunks. Delete the list when no job "
+            "saves, and verify again, which makes the marks anew."
+        )
     return lines

@@ -300,6 +300,8 @@ class S3Objects(FsspecObjects):
 
     def _check_url(self, separator: str, path: str) -> None:
         super()._check_url(separator, path)
+        if path.startswith("/"):
+            raise InvalidInputError(f"{self.url} names no bucket: it has a slash too many. Give s3://bucket/prefix.")
         if "@" in path.partition("/")[0]:
             raise InvalidInputError(
                 f"{self.url}: credentials do not belong in the URL of a bucket. Give them as "
@@ -355,6 +357,8 @@ class S3Objects(FsspecObjects):
             return (
                 f"These credentials lack the permission {S3_PERMISSIONS[action]} for it{hint}: grant it, or use others."
             )
+        if type(error).__name__ == "ProfileNotFound":
+            return "Give another as AWS_PROFILE or storage_options={'profile': …}, or add it to ~/.aws/config."
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
             return (
                 "Give them as storage_options={'key': …, 'secret': …}, in AWS_PROFILE or AWS_ACCESS_KEY_ID and "

@@ -39,7 +39,9 @@ _KINDS: tuple[tuple[Any, str], ...] = (
     (np.ndarray, "save numpy.asarray(…) of it"),
     (PurePath, "save str(…) of it"),
     ((bytearray, memoryview), "save bytes(…) of it"),
-    ((torch.Generator, random.Random, np.random.Generator, np.random.RandomState), "save its state"),
+    (torch.Generator, "save its .get_state(); torch's default generators are in ckptstore.RngState()"),
+    ((random.Random, np.random.RandomState), "save its state; the global one is in ckptstore.RngState()"),
+    (np.random.Generator, "save its .bit_generator.state"),
     ((collections.abc.Iterator, collections.abc.MappingView, range), "save list(…) of it"),
 )
 """Types that people do put into states -> what to do."""

@@ -291,9 +291,36 @@ def test_a_damaged_chunk_that_no_checkpoint_needs_is_found_too() -> None:
     small.run.delete(2)
     small.place.put(key, small.content[key][:-1])
     report = ckptstore.Store(small.place).verify()
+    assert not report.ok
     assert [(found.key, found.run) for found in report.damaged] == [(key, None)]
     assert small.run.save(state(2), step=2).step == 2
     assert torch.equal(small.run.load(2)["weight"], state(2)["weight"])
+
+
+@pytest.mark.parametrize("find", [verified, loaded, restored])
+def test_a_store_is_sound_again_when_no_checkpoint_needs_the_damaged_chunk(
+    damaged: tuple[SmallStore, str], find: Callable[[SmallStore], object]
+) -> None:
+    small, key = damaged
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        find(small)  # which marks it
+    small.run.save(state(2), step=2)
+    for _ in range(2):
+        report = ckptstore.Store(small.place).verify()
+        assert report.ok
+        assert [found.key for found in report.harmless] == [key]
+
+
+def test_a_damaged_chunk_that_is_marked_is_damage_as_long_as_a_checkpoint_needs_it(
+    damaged: tuple[SmallStore, str],
+) -> None:
+    small, key = damaged
+    for _ in range(2):
+        report = ckptstore.Store(small.place).verify()
+        assert not report.ok
+        assert {found.key for found in report.damaged} == {key}
+        assert not report.harmless
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_verified_is_not_damaged() -> None:

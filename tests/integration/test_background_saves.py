@@ -1,6 +1,7 @@
 """save_async: a copy is saved while the state changes; errors reach the caller; nothing is lost at exit."""
 
 import gc
+import os
 import subprocess
 import sys
 import textwrap
@@ -83,6 +84,67 @@ def test_the_next_save_waits_for_the_one_before(place: Objects) -> None:
     threading.Timer(0.2, slow.go.set).start()
     run.save({"x": torch.zeros(3)}, step=2)
     assert run.steps() == [1, 2]
+
+
+def test_threads_that_share_a_run_save_one_after_the_other(place: Objects) -> None:
+    slow = Slow(place)
+    run = ckptstore.Store(slow).run("run")
+    run.save_async({"x": torch.ones(3)}, step=1)
+    steps = range(2, 6)
+    saves = [
+        (lambda step=step: run.save_async({"x": torch.full((3,), step)}, step=step)) if step % 2 else
+        (lambda step=step: run.save({"x": torch.full((3,), step)}, step=step))
+        for step in steps
+    ]  # fmt: skip
+    threads = [threading.Thread(target=save) for save in saves]
+    for thread in threads:
+        thread.start()
+    slow.go.set()
+    for thread in threads:
+        thread.join()
+    run.load(1)  # which waits for what is under way
+    assert run.steps() == [1, *steps]
+    open_sessions, most = 0, 0
+    for call in slow.calls:
+        if call.key.startswith("sessions/"):
+            open_sessions += {"put": 1, "delete": -1}.get(call.operation, 0)
+            most = max(most, open_sessions)
+    assert most == 1
+
+
+def test_an_interrupt_while_a_save_is_waited_for_does_not_forget_it(
+    place: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(place)
+    run = ckptstore.Store(slow).run("run")
+    run.save_async({"x": torch.ones(3)}, step=1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(threading.Thread, "join", interrupt)
+        run.save({"x": torch.zeros(3)}, step=2)
+    slow.go.set()
+    assert run.load(1)["x"].tolist() == [1, 1, 1]  # it was waited for, and is there
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_process_never_says_that_the_save_of_its_parent_is_done(place: Objects) -> None:
+    slow = Slow(place)
+    pending = ckptstore.Store(slow).run("run").save_async({"x": torch.ones(3)}, step=1)
+    child = os.fork()
+    if child == 0:
+        try:
+            pending.result()
+        except ckptstore.UnavailableError as error:
+            told = str(error)
+            fine = not pending.done() and "under way in process" in repr(pending) and "forked" in told
+            os._exit(0 if fine else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    slow.go.set()
+    assert pending.result().step == 1
 
 
 def test_restore_and_load_wait_for_a_save_under_way(place: Objects) -> None:

@@ -233,6 +233,43 @@ def test_verify_names_each_damaged_tensor_and_says_what_to_do(cli: Cli, ckpts: s
     assert "What to do:\n- " in done.out
 
 
+@pytest.mark.parametrize(
+    ("damage", "advice", "not_advised"),
+    [
+        (lambda: flip(chunk_of("embed")), "ckptstore rm STORE/RUN@STEP", "A session"),
+        (lambda: flip(files_of("base", 0), 300), "ckptstore rm STORE/RUN@STEP", "chunks are marked"),
+        (lambda: Path("ckpts", MARKER_KEY).write_text("no JSON"), "move it away", "restore()"),
+        (lambda: Path("ckpts", "sessions", "x.json").write_text("no JSON"), "A session", "restore()"),
+        (lambda: lists_of_marks("no JSON"), "list of marks", "restore()"),
+    ],
+    ids=["chunk", "manifest", "marker", "session", "list"],
+)
+def test_verify_advises_on_the_kind_of_damage_that_it_found(
+    cli: Cli, ckpts: str, damage: Callable[[], object], advice: str, not_advised: str
+) -> None:
+    damage()
+    done = cli("verify", ckpts)
+    assert done.status == 1
+    assert advice in done.out
+    assert not_advised not in done.out
+
+
+def lists_of_marks(text: str) -> None:
+    folder = Path("ckpts", "condemned")
+    folder.mkdir()
+    (folder / "x.json").write_text(text)
+
+
+def test_verify_is_content_when_no_checkpoint_needs_what_is_damaged(cli: Cli, ckpts: str) -> None:
+    chunk = chunk_of("model.bias")
+    flip(chunk)
+    assert cli("verify", ckpts).status == 1
+    assert cli("rm", f"{ckpts}/lstm@200").status == 0
+    done = cli("verify", ckpts)
+    assert done.status == 0
+    assert f"harmless: {chunk.relative_to('ckpts')} is damaged" in done.out
+
+
 def test_verify_of_a_run_reads_only_what_it_needs(cli: Cli, ckpts: str) -> None:
     flip(files_of("base", 0), 300)
     assert cli("verify", f"{ckpts}/lstm").status == 0
@@ -291,6 +328,29 @@ def test_du_of_a_run_shows_it_alone(cli: Cli, ckpts: str) -> None:
     assert [line.split()[0] for line in cli("du", f"{ckpts}/base").out.splitlines()] == ["RUN", "base"]
 
 
+def test_du_names_the_checkpoint_whose_manifest_is_damaged(cli: Cli, ckpts: str) -> None:
+    flip(files_of("lstm", 100), 300)
+    done = cli("du", ckpts)
+    assert done.status == 1
+    assert "step 100 of run 'lstm'" in done.err
+    assert "ckptstore verify" in done.err
+
+
+# ---- rm
+
+
+def test_rm_deletes_one_checkpoint_and_no_other(cli: Cli, ckpts: str) -> None:
+    assert cli("rm", f"{ckpts}/lstm@100") == Outcome(0, "deleted lstm@100\n", "")
+    assert ckptstore.Store("ckpts").run("lstm").steps() == [200]
+    assert cli("verify", ckpts).status == 0
+
+
+def test_rm_deletes_a_checkpoint_whose_manifest_is_damaged(cli: Cli, ckpts: str) -> None:
+    flip(files_of("lstm", 100), 300)
+    assert cli("rm", f"{ckpts}/lstm@100").status == 0
+    assert cli("verify", ckpts).status == 0
+
+
 # ---- export and import
 
 
@@ -332,6 +392,9 @@ def test_import_over_another_state_is_refused(cli: Cli, ckpts: str) -> None:
     done = cli("import", "out.pt", f"{ckpts}/lstm@200")
     assert done.status == 2
     assert "another state" in done.err
+    assert "--replace" in done.err
+    assert cli("import", "out.pt", f"{ckpts}/lstm@200", "--replace").status == 0
+    assert ckptstore.Store("ckpts").run("lstm").load(200)["step"] == 100
 
 
 # ---- --json
@@ -356,13 +419,14 @@ FIELDS: dict[tuple[str, ...], set[str]] = {
         *("raw_bytes", "stored_bytes", "new_bytes", "tree"),
     },
     ("verify", "ckpts"): {
-        *("store", "run", "ok", "checkpoints", "chunks", "bytes", "damaged", "unknown", "marked"),
+        *("store", "run", "ok", "checkpoints", "chunks", "bytes", "damaged", "harmless", "unknown", "marked"),
     },
     ("du", "ckpts"): {"store", "runs", "logical_bytes", "stored_bytes", "unreferenced_bytes"},
     ("export", "ckpts/lstm", "out.pt"): {"store", "run", "step", "file", "file_bytes"},
     ("import", "in.pt", "ckpts/copy@1"): {
         *("store", "run", "step", "file", "raw_bytes", "stored_bytes", "new_bytes"),
     },
+    ("rm", "ckpts/lstm@100"): {"store", "run", "step"},
 }
 
 
@@ -481,6 +545,10 @@ def test_values_that_json_lacks_are_written_as_documented(cli: Cli) -> None:
         (("ls", "./ckpts", "--storage-options", "{"), 2),
         (("export", "./ckpts/lstm", "out.onnx"), 2),
         (("ls", "nonsense://place/x"), 2),
+        (("ls", "s3:///bucket/x"), 2),
+        (("rm", "./ckpts/lstm"), 2),
+        (("rm", "./ckpts"), 2),
+        (("rm", "./ckpts/lstm@7"), 3),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -491,6 +559,14 @@ def test_each_error_is_one_line_and_has_its_status(cli: Cli, ckpts: str, words: 
     first, *rest = done.err.splitlines()
     assert first.startswith("error: ")
     assert all(line.startswith("Try: ckptstore ") and line.endswith(" --help") for line in rest)
+
+
+def test_a_file_in_the_place_of_a_store_has_status_4(cli: Cli) -> None:
+    Path("nr").write_text("no store")
+    for target in ("nr", "nr/", "./nr"):
+        done = cli("ls", target)
+        assert done.status == 4, target
+        assert "nr" in done.err
 
 
 def test_a_store_that_cannot_be_read_has_status_4(cli: Cli, ckpts: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,7 +608,7 @@ def test_storage_options_are_never_shown(cli: Cli, ckpts: str, monkeypatch: pyte
 # ---- help
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "verify", "du", "export", "import"])
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "du", "export", "import", "rm"])
 def test_help_of_each_command_has_a_sentence_and_examples(cli: Cli, command: str) -> None:
     done = cli(command, "--help")
     assert done.status == 0
@@ -542,7 +618,7 @@ def test_help_of_each_command_has_a_sentence_and_examples(cli: Cli, command: str
 
 def test_help_of_the_program_lists_the_commands_and_the_exit_status(cli: Cli) -> None:
     out = cli("--help").out
-    for word in ("ls", "show", "verify", "du", "export", "import", "130  interrupted"):
+    for word in ("ls", "show", "verify", "du", "export", "import", "rm", "130  interrupted"):
         assert f"  {word}" in out
 
 
@@ -623,7 +699,15 @@ def spawn(*words: str, program: tuple[str, ...] = ("-m", "ckptstore"), **environ
 
 @pytest.mark.parametrize(
     "words",
-    [("--help",), ("ls", "{}"), ("ls", "{}/lstm"), ("show", "{}/lstm"), ("verify", "{}"), ("du", "{}", "--json")],
+    [
+        ("--help",),
+        ("ls", "{}"),
+        ("ls", "{}/lstm"),
+        ("show", "{}/lstm"),
+        ("verify", "{}"),
+        ("du", "{}", "--json"),
+        ("rm", "{}/lstm@100"),
+    ],
     ids=" ".join,
 )
 def test_looking_at_a_store_does_not_import_torch(ckpts: str, tmp_path: Path, words: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,8 @@ def generator() -> Any:
         (generator(), r"save list\(…\)"),
         (torch.eye(3).to_sparse(), r"\.to_dense\(\)"),
         (torch.empty(3, device="meta"), "materialise"),
+        (torch.Generator(), r"get_state\(\).*RngState"),
+        (np.random.default_rng(), r"bit_generator\.state"),
         (object(), r"ckptstore\.register"),
         (Path("x"), r"ckptstore\.register|str"),
     ],

@@ -60,6 +60,25 @@ def test_an_optimizer_where_none_was_saved(run: ckptstore.Run) -> None:
     )
 
 
+def test_an_optimizer_of_another_kind(run: ckptstore.Run) -> None:
+    weights = [torch.nn.Parameter(torch.ones(1))]
+    told = refusal(run, {"o": torch.optim.SGD(weights)}, {"o": torch.optim.Adam(weights)})
+    assert "o is a Adam here" in told
+    assert "momentum" in told
+
+
+def test_an_optimizer_of_an_older_version_and_one_with_a_scheduler_are_no_other_kind(run: ckptstore.Run) -> None:
+    weights = [torch.nn.Parameter(torch.ones(1))]
+    saved = torch.optim.Adam(weights)
+    torch.optim.lr_scheduler.OneCycleLR(saved, max_lr=0.1, total_steps=10)  # which adds settings to the groups
+    state = saved.state_dict()
+    del state["param_groups"][0]["decoupled_weight_decay"]  # torch before 2.7 had none
+    run.save({"o": state}, step=1)
+    optimizer = torch.optim.Adam(weights)
+    run.restore({"o": optimizer})
+    assert optimizer.param_groups[0]["lr"] == saved.param_groups[0]["lr"]
+
+
 def test_a_missing_number_is_no_problem_and_a_missing_tensor_is(run: ckptstore.Run) -> None:
     told = refusal(run, {"a": torch.ones(1)}, {"a": torch.zeros(1), "step": 0, "deep": {"list": [torch.ones(1)]}})
     assert "deep is not in the checkpoint" in told
