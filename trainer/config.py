@@ -70,17 +70,20 @@ class Options:
 def parse_options(arguments: Sequence[str] | None = None) -> tuple[str, Options]:
     """Read the command line: the command, and what it was given."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--store", metavar="URL", default=os.environ.get("CKPTSTORE_URL") or Options.store)
+    store = os.environ.get("CKPTSTORE_URL") or Options.store
+    shared.add_argument(
+        "--store", metavar="URL", default=store, help="path or URL; the variable CKPTSTORE_URL gives the default"
+    )
     shared.add_argument("--storage-options", metavar="JSON", type=json_object, help="options of the store's backend")
     shared.add_argument("--run", metavar="NAME", default=Options.run, help="name of the run")
-    shared.add_argument("--text", metavar="FILE", nargs="+", type=Path, default=(), help="in place of the Bible")
+    shared.add_argument("--text", metavar="FILE", nargs="+", type=Path, default=(), help="text files, not the Bible")
     shared.add_argument("--device", default=Options.device, help="such as cuda")
     shared.add_argument("--threads", metavar="N", type=int, help="threads of torch, if not as many as it likes")
-    shared.add_argument("--seed", metavar="N", type=int, default=Options.seed)
+    shared.add_argument("--seed", metavar="N", type=int, default=Options.seed, help="of every random generator")
 
     parser = argparse.ArgumentParser(prog="python -m trainer", description="An LSTM language model.")
     commands = parser.add_subparsers(dest="command", required=True)
-    looks: dict[str, Any] = {"parents": [shared], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    looks: dict[str, Any] = {"parents": [shared], "formatter_class": _Help}
     train = commands.add_parser("train", help="train, from the newest checkpoint if there is one", **looks)
     evaluate = commands.add_parser("evaluate", help="print loss and perplexity on the validation text", **looks)
     generate = commands.add_parser("generate", help="let the model write on", **looks)
@@ -89,26 +92,40 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[str, Options]
     add("--save-every", metavar="WHEN", default=Options.save_every, help="steps (200), epochs (10ep) or auto")
     add("--mtbf", metavar="HOURS", type=float, default=Options.mtbf, help="mean time between failures, for auto")
     add("--async", dest="save_async", action="store_true", help="train on while a save is written")
-    add("--epochs", metavar="N", type=int, default=Options.epochs)
+    add("--epochs", metavar="N", type=int, default=Options.epochs, help="times through the text, in all")
     add("--steps", metavar="N", type=int, help="stop after so many steps in all, if that is sooner")
-    add("--batch-size", metavar="N", type=int, default=Options.batch_size)
-    add("--bptt", metavar="N", type=int, default=Options.bptt, help="words in a row of a batch")
-    add("--lr", type=float, default=Options.lr, help="Adam's learning rate")
-    add("--clip", type=float, default=Options.clip, help="greatest norm of the gradient")
-    add("--dropout", type=float, default=Options.dropout)
-    for name in ("vocab_size", "embed_size", "hidden_size"):
-        add(f"--{name.replace('_', '-')}", metavar="N", type=int, default=getattr(Options, name), help="less for tests")
+    add("--batch-size", metavar="N", type=int, default=Options.batch_size, help="rows of text read side by side")
+    add("--bptt", metavar="N", type=int, default=Options.bptt, help="words of each row in a batch")
+    add("--lr", metavar="X", type=float, default=Options.lr, help="Adam's learning rate")
+    add("--clip", metavar="X", type=float, default=Options.clip, help="greatest norm of the gradient")
+    add("--dropout", metavar="X", type=float, default=Options.dropout, help="part of the activations set to zero")
+    sizes = {
+        "vocab_size": "words that the model knows",
+        "embed_size": "of a word's vector",
+        "hidden_size": "of the LSTM",
+    }
+    for name, text in sizes.items():
+        add(f"--{name.replace('_', '-')}", metavar="N", type=int, default=getattr(Options, name), help=text)
     add("--log", metavar="FILE", type=Path, help="append each step's number and loss, a line of JSON each")
     add("--print-every", metavar="N", type=int, default=Options.print_every, help="steps a line, without a terminal")
 
     for command in (evaluate, generate):
         command.add_argument("--step", metavar="N", type=int, help="of the checkpoint, if not the newest")
-    generate.add_argument("--prompt", metavar="TEXT", default=Options.prompt)
-    generate.add_argument("--words", metavar="N", type=int, default=Options.words)
-    generate.add_argument("--temperature", type=float, default=Options.temperature, help="0 takes the likeliest word")
+    add = generate.add_argument
+    add("--prompt", metavar="TEXT", default=Options.prompt, help="what the text begins with")
+    add("--words", metavar="N", type=int, default=Options.words, help="how many to write")
+    add("--temperature", metavar="X", type=float, default=Options.temperature, help="0 takes the likeliest word")
 
     given = vars(parser.parse_args(arguments))
     return given.pop("command"), Options(**given)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == ()
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def demo(logs: Path) -> bool:
     killed_log = read_log(broken_log)
     killed_step = killed_log[-1][0]
     half_written = written_files(save_id)
-    console.print(Text(f"  SIGKILL while it saved step {killed_step}: {half_written} files written, no manifest."))
+    counted = "1 file" if half_written == 1 else f"{half_written} files"
+    console.print(Text(f"  SIGKILL while it saved step {killed_step}: {counted} written, no manifest."))
 
     heading("2. The same command again")
     resumed_lines = Child(train_command("demo", broken_log)).run()
@@ -178,7 +179,7 @@ def demo(logs: Path) -> bool:
     tensors = count_equal_tensors(*(run.load(step=STEPS) for run in runs))
     heading("What this has shown")
     claims = [
-        (half_written > 0, f"A SIGKILL hit the save of step {killed_step} with {half_written} of its files written."),
+        (half_written > 0, f"A SIGKILL hit the save of step {killed_step} with {counted} of it written."),
         (
             resumed_from == killed_step - SAVE_EVERY,
             f"That half-written save was not taken for a checkpoint: the training resumed from step {resumed_from}.",

@@ -15,7 +15,7 @@ import ckptstore
 from trainer.config import ConfigError, Options, SaveSchedule
 from trainer.data import Batches, Corpus, load_corpus, tokenize
 from trainer.model import LanguageModel
-from trainer.progress import TrainingProgress, perplexity_text, size_text
+from trainer.progress import TrainingProgress, perplexity_text, size_text, watched
 
 KEPT = ("vocab_size", "embed_size", "hidden_size", "batch_size", "bptt", "lr", "clip", "dropout", "seed")
 """The options that a run keeps from its first step to its last: with others it would be another training."""
@@ -46,6 +46,7 @@ def train(options: Options) -> None:
             {"model": model, "optimizer": optimizer, "rng": ckptstore.RngState(), "hidden": hidden}
         )
     except ckptstore.InvalidInputError as error:
+        compare_settings(run.load(only="settings"), settings, options.run)  # names the option, if that is it
         raise ConfigError(
             f"The checkpoints of run {options.run!r} do not fit this model, optimizer or batch size. Go on with the "
             f"options that the run was started with, or name another --run. {error}"
@@ -141,12 +142,13 @@ class Saver:
             self._report(pending.result())
 
     def _report(self, saved: ckptstore.Checkpoint) -> None:
-        self._progress.saved(saved.step, saved.raw_bytes, saved.new_bytes, time.perf_counter() - self._began)
+        seconds = time.perf_counter() - self._began
+        self._progress.saved(saved.step, saved.metrics["loss"], saved.raw_bytes, saved.new_bytes, seconds)
 
 
 def evaluate(options: Options) -> None:
     model, corpus, step = load_model(options)
-    loss = validation_loss(model, corpus)
+    loss = validation_loss(model, corpus, show=True)
     print(f"step {step}: validation loss {loss:.4f}, {perplexity_text(loss)}")
 
 
@@ -172,7 +174,7 @@ def generate(options: Options) -> None:
     print(corpus.vocabulary.decode(words))
 
 
-def validation_loss(model: LanguageModel, corpus: Corpus) -> float:
+def validation_loss(model: LanguageModel, corpus: Corpus, *, show: bool = False) -> float:
     """Return the mean loss a word on the validation text; draws no random numbers."""
     bptt = min(35, len(corpus.validation) - 1)
     batch_size = min(20, (len(corpus.validation) - 1) // bptt)
@@ -181,7 +183,7 @@ def validation_loss(model: LanguageModel, corpus: Corpus) -> float:
     total = 0.0
     model.eval()
     with torch.inference_mode():
-        for words, targets in batches:
+        for words, targets in watched(batches, len(batches), "evaluating") if show else batches:
             logits, hidden = model(words.to(hidden[0].device), hidden)
             total += cross_entropy(logits, targets.to(logits.device)).item()
     return total / len(batches)
@@ -231,9 +233,11 @@ def prepare(options: Options) -> torch.device:
 
 def compare_settings(saved: dict[str, Any], given: dict[str, Any], run: str) -> list[str]:
     """Raise ConfigError if a run would go on as another one; return notes of what matters less."""
-    changed = [name for name in given if name != "threads" and saved.get(name) != given[name]]
-    if changed:
-        texts = (f"--{name.replace('_', '-')} was {saved.get(name)}, now {given[name]}" for name in changed)
+    changed = [name for name in given if name not in ("threads", "text") and saved.get(name) != given[name]]
+    texts = [f"--{name.replace('_', '-')} was {saved.get(name)}, now {given[name]}" for name in changed]
+    if saved["text"] != given["text"]:
+        texts.append("--text is another text now")
+    if texts:
         raise ConfigError(
             f"Run {run!r} was started with other options: {'; '.join(texts)}. "
             "Go on with the same, or name another --run."

@@ -2,10 +2,14 @@
 
 import math
 import time
+from collections.abc import Iterable
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+T = TypeVar("T")
 
 
 class TrainingProgress:
@@ -14,11 +18,13 @@ class TrainingProgress:
         self._last_step = last_step
         self._words_per_step = words_per_step
         self._print_every = print_every
-        self._raw_bytes = self._new_bytes = 0
+        self._new_bytes = 0
         self._counted_step, self._counted_at = first_step, time.perf_counter()
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+            # The figures go before the picture where there is no room for both.
+            bar = [BarColumn(bar_width=20)] if self._console.width >= 100 else []
+            columns = (TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.description}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._task = self._bar.add_task("", total=last_step, completed=first_step)
 
@@ -45,17 +51,27 @@ class TrainingProgress:
             return
         words_per_second = (step - self._counted_step) * self._words_per_step / seconds
         self._counted_step, self._counted_at = step, time.perf_counter()
-        figures = f"loss {loss:.3f}  {perplexity_text(loss)}  {words_per_second:,.0f} words/s"
+        speed = f"{words_per_second:,.0f} words/s"
         if self._bar:
-            stored = f"  saved {size_text(self._raw_bytes)} in {size_text(self._new_bytes)}" if self._raw_bytes else ""
-            self._bar.update(self._task, completed=step, description=figures + stored)
+            figures = f"loss {loss:.3f} ppl {math.exp(min(loss, 99)):,.1f} {speed} stored {size_text(self._new_bytes)}"
+            self._bar.update(self._task, completed=step, description=figures)
         else:
-            self.note(f"step {step}/{self._last_step}  {figures}")
+            self.note(f"step {step}/{self._last_step}  loss {loss:.3f}  {perplexity_text(loss)}  {speed}")
 
-    def saved(self, step: int, raw_bytes: int, new_bytes: int, seconds: float) -> None:
-        self._raw_bytes += raw_bytes
+    def saved(self, step: int, loss: float, raw_bytes: int, new_bytes: int, seconds: float) -> None:
         self._new_bytes += new_bytes
-        self.note(f"saved step {step}: {size_text(raw_bytes)}, {size_text(new_bytes)} of it new, in {seconds:.2f} s")
+        new = (
+            f"{size_text(raw_bytes)}, {size_text(new_bytes)} to write"
+            if new_bytes
+            else f"{size_text(raw_bytes)}, none new"
+        )
+        self.note(f"saved step {step} (loss {loss:.3f}): {new}, in {seconds:.2f} s")
+
+
+def watched(items: Iterable[T], count: int, what: str) -> Iterable[T]:
+    """Go through `items` with a bar on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, total=count, console=console, transient=True, disable=not console.is_terminal)
 
 
 def size_text(size_bytes: float) -> str:

@@ -1,5 +1,6 @@
 """The trainer's options, and when it saves."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,18 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CKPTSTORE_URL", raising=False)
     for command in ("train", "evaluate", "generate"):
         assert parse_options([command]) == (command, Options())
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_help_explains_each_option_and_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options([command, "--help"])
+    printed = capsys.readouterr().out
+    options = re.findall(r"^  (?:-h, )?(--[a-z-]+(?: [A-Z]+)?(?: \[[A-Z]+ \.\.\.\])?)\s+(\S.*)", printed, re.MULTILINE)
+    assert len(options) == printed.partition("options:")[2].count("  --") + 1
+    assert "None" not in printed
+    assert "()" not in printed
+    assert "CKPTSTORE_URL" in printed
 
 
 def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
