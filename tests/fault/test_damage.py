@@ -13,9 +13,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import ckptstore
 from ckptstore.errors import CheckpointWarning
-from ckptstore.manifest import encode
+from ckptstore.format import condemned_key, new_save_id
+from ckptstore.manifest import Condemned, encode
 from ckptstore.objects.memory import MemoryObjects
+from ckptstore.sealed import seal
 from ckptstore.testing import FailingObjects
+from ckptstore.writer import now_text
 
 
 def state(step: int) -> dict[str, Any]:
@@ -321,6 +324,38 @@ def test_a_damaged_chunk_that_is_marked_is_damage_as_long_as_a_checkpoint_needs_
         assert not report.ok
         assert {found.key for found in report.damaged} == {key}
         assert not report.harmless
+
+
+def test_a_chunk_condemned_as_garbage_is_marked_as_corrupt_all_the_same(damaged: tuple[SmallStore, str]) -> None:
+    small, key = damaged
+    other = new_save_id()
+    garbage = Condemned(collection=other, reason="unreferenced", created=now_text(), keys=[key])
+    small.place.create(condemned_key(other), encode(garbage))
+    verified(small)
+    # Only that mark lets a save take the damaged checkpoint's place unasked.
+    assert small.run.save(state(3), step=2).step == 2
+
+
+def test_a_chunk_that_nobody_needs_and_that_vanishes_meanwhile_is_no_damage() -> None:
+    small = SmallStore()
+    keys = {ref.key for ref in small.refs(2)} - {ref.key for ref in small.refs(1)}
+    small.run.delete(2)
+
+    class Vanishing(MemoryObjects):
+        def get(self, key: str) -> bytes | None:
+            return None if key in keys else super().get(key)
+
+    report = ckptstore.Store(Vanishing(small.place.url)).verify()
+    assert report.ok
+    assert not report.harmless
+
+
+def test_an_object_of_a_newer_version_is_no_damage_but_an_error() -> None:
+    small = SmallStore()
+    key = next(key for key in small.content if key.startswith("runs/"))
+    small.place.put(key, seal(b'{"format":2,"state":"committed"}', min_bytes=1024))
+    with pytest.raises(ckptstore.UnsupportedFormatError):
+        ckptstore.Store(small.place).verify()
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_verified_is_not_damaged() -> None:

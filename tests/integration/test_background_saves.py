@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +148,31 @@ def test_a_forked_process_never_says_that_the_save_of_its_parent_is_done(place: 
     assert pending.result().step == 1
 
 
-def test_restore_and_load_wait_for_a_save_under_way(place: Objects) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run, path: run.restore({"x": torch.zeros(3)}),
+        lambda run, path: run.load(1),
+        lambda run, path: run.export(path / "x.pt", step=1),
+        lambda run, path: run.delete(1),
+    ],
+    ids=["restore", "load", "export", "delete"],
+)
+def test_what_needs_the_checkpoint_waits_for_its_save_under_way(
+    place: Objects, tmp_path: Path, call: Callable[[ckptstore.Run, Path], object]
+) -> None:
     slow = Slow(place)
     run = ckptstore.Store(slow).run("run")
-    run.save_async({"x": torch.ones(3)}, step=1)
-    threading.Timer(0.2, slow.go.set).start()
-    x = torch.zeros(3)
-    assert run.restore({"x": x}) is not None
-    assert x.tolist() == [1, 1, 1]
+    pending = run.save_async({"x": torch.ones(3)}, step=1)
+    done: list[object] = []
+    waiting = threading.Thread(target=lambda: done.append(call(run, tmp_path)))
+    waiting.start()
+    waiting.join(0.02)
+    slow.go.set()
+    waiting.join()
+    assert pending.result().step == 1
+    assert len(done) == 1
+    assert done[0] is not None or run.steps() == []
 
 
 def test_an_error_is_raised_by_result(place: Objects) -> None:
