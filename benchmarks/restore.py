@@ -11,12 +11,13 @@ import torch
 
 import ckptstore
 from benchmarks.states import STEPS, Training, raw_bytes, state_file, work_folder
-from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target
+from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target, use_kernels
 
 QUESTION = "restore: LSTM and Adam from local disk, page cache warm, each in a fresh process"
 TARGET = 0.7
 BASE = "torch.load"
 OURS = "ckptstore (verified)"
+OURS_FAST = "ckptstore[fast] (verified)"
 
 
 def ask(folder: Path, rounds: int) -> Report:
@@ -29,8 +30,10 @@ def ask(folder: Path, rounds: int) -> Report:
                 path.read_bytes()  # into the page cache
 
         loading = partial(fresh, "benchmarks.restore:torch_restore", file=str(file))
+        restoring = partial(fresh, "benchmarks.restore:our_restore", store=str(work / "store"))
         variants = {
-            OURS: lambda _: fresh("benchmarks.restore:our_restore", store=str(work / "store")),
+            OURS: lambda _: restoring(kernels="numpy"),
+            OURS_FAST: lambda _: restoring(kernels="numba"),
             BASE: lambda _: loading(),
             "torch.load(mmap=True)": lambda _: loading(mmap=True),
             "torch.load(weights_only=False)": lambda _: loading(weights_only=False),
@@ -40,9 +43,10 @@ def ask(folder: Path, rounds: int) -> Report:
     return Report(QUESTION, rows, target(f"speed / that of {BASE} is", rows[0].figures["speed"], at_least=TARGET))
 
 
-def our_restore(store: str) -> Took:
+def our_restore(store: str, kernels: str) -> Took:
     import ckptstore.restoring
 
+    use_kernels(kernels)
     training = Training.fresh()
     run = ckptstore.Store(store).run("lstm")
     with Stopwatch() as watch:

@@ -10,12 +10,13 @@ import torch
 
 import ckptstore
 from benchmarks.states import Training, raw_bytes, real_batches, state_file, work_folder
-from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target
+from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target, use_kernels
 
 QUESTION = "save: LSTM and Adam to local disk with fsync, all of it new"
 TARGET = 0.8
 BASE = "torch.save + fsync"
 OURS = "ckptstore"
+OURS_FAST = "ckptstore[fast]"
 
 
 def ask(folder: Path, rounds: int) -> Report:
@@ -47,14 +48,16 @@ def ask_fresh(folder: Path, rounds: int) -> Report:
     with work_folder(folder) as work:
         ckptstore.Store(work / "store").run("first").save({"step": 0}, step=0)
 
-        def child(name: str, number: int) -> Took:
-            took: Took = fresh(f"benchmarks.save:{name}", file=str(file), work=str(work), number=number)
+        def child(name: str, number: int, **more: str) -> Took:
+            took: Took = fresh(f"benchmarks.save:{name}", file=str(file), work=str(work), number=number, **more)
             return took
 
         measured = in_turn(
             rounds,
             {
-                OURS: lambda number: child("fresh_ours", number),
+                # Each of ours another state, of which nothing is in the store.
+                OURS: lambda number: child("fresh_ours", 2 * number + 1, kernels="numpy"),
+                OURS_FAST: lambda number: child("fresh_ours", 2 * number + 2, kernels="numba"),
                 BASE: lambda number: child("fresh_theirs", number),
             },
         )
@@ -67,9 +70,10 @@ def _report(where: str, measured: dict[str, list[Took]], payload_bytes: int) -> 
     return Report(f"{QUESTION}; {where}", rows, verdict)
 
 
-def fresh_ours(file: str, work: str, number: int) -> Took:
+def fresh_ours(file: str, work: str, number: int, kernels: str) -> Took:
     import ckptstore.saving
 
+    use_kernels(kernels)
     return timed_save(ckptstore.Store(Path(work) / "store").run("lstm"), another(file, number))
 
 

@@ -1,11 +1,12 @@
 """Measuring fairly on a machine that others use too: variants in turn, fresh processes, medians and ratios.
 
-Knows nothing of checkpoints. A measurement in a fresh process is a function named "module:function" that takes and
-returns what JSON can hold; it does its own timing, so that imports do not count.
+Of checkpoints it knows only which kernels to use. A measurement in a fresh process is a function named
+"module:function" that takes and returns what JSON can hold; it does its own timing, so that imports do not count.
 """
 
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -85,6 +86,14 @@ def fresh(function: str, **arguments: Any) -> Any:
     if result.returncode:
         raise SystemExit(f"{function} failed in its process (exit status {result.returncode})")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def use_kernels(name: str) -> None:
+    """Load them now: imports do not count. Numba's take most of a second; by themselves they come when that pays."""
+    from ckptstore.kernels import compiled
+
+    os.environ[compiled.VARIABLE] = name
+    compiled.expect(0)
 
 
 def compared(measured: Mapping[str, Sequence[Took]], base: str, payload_bytes: int) -> list[Row]:

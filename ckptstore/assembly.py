@@ -13,7 +13,7 @@ import torch
 
 from ckptstore import chunk as chunks
 from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, retold
-from ckptstore.kernels import ByteArray
+from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest
 from ckptstore.objects.base import Objects
 from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Stage, staged, worker_threads
@@ -89,13 +89,15 @@ class Assembly:
                 except CorruptError:
                     _write(job, _get(objects, job.ref))  # once more: it may be the way, not the object, that is bad
 
+        jobs = self._jobs()
+        compiled.expect(sum(job.ref.raw for job in jobs))
         if objects.gets_wait:
             stages = [Stage(fetch, objects.request_threads), Stage(write, worker_threads())]
         else:
             # On one thread a chunk is still in its cache when it is decoded, and its memory is used for the next one.
             stages = [Stage(lambda job: write(fetch(job)), worker_threads())]
         staged(
-            self._jobs(),
+            jobs,
             stages,
             weigh=lambda job: job.ref.stored + (0 if job.wholes else job.ref.raw) + job.ref.raw,
             max_inflight_bytes=MAX_INFLIGHT_BYTES,

@@ -8,6 +8,7 @@ from ckptstore import protocol, segments
 from ckptstore.catalog import read_marker
 from ckptstore.errors import CorruptError, FencedError, InvalidInputError, UnavailableError
 from ckptstore.format import DEFAULT_CHUNK_BYTES, DEFAULT_SMALL_BYTES, MARKER_KEY, new_save_id
+from ckptstore.kernels import compiled
 from ckptstore.manifest import Manifest, Marker, content_digest, encode
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import self_test
@@ -76,6 +77,7 @@ def save(objects: Objects, run: str, step: int, snapshot: Snapshot, *, replace: 
     """Save a snapshot as `step` of `run`; return the manifest that stands for it. Raises as `protocol.save` does."""
     marker = ensure_store(objects)
     layout = segments.cut(snapshot.sources, chunk_bytes=marker.chunk_bytes, small_bytes=marker.small_bytes)
+    compiled.expect(layout.raw_bytes)
     segment_table, distinct = layout.segments(layout.digests(threads=worker_threads()))
     for attempt in range(FENCED_TRIES):
         request = protocol.SaveRequest(

@@ -10,6 +10,7 @@ from ckptstore.catalog import read_marker
 from ckptstore.condemning import condemn_keys
 from ckptstore.errors import CheckpointError, CorruptError, UnsupportedFormatError
 from ckptstore.format import CHUNKS, CONDEMNED, MARKER_KEY, RUNS, SESSIONS, ChunkKey, ManifestKey, run_prefix
+from ckptstore.kernels import compiled
 from ckptstore.manifest import Manifest, decode_condemned, decode_manifest, decode_session
 from ckptstore.objects.base import Objects
 from ckptstore.pipeline import Progress, Stage, staged, worker_threads
@@ -94,6 +95,7 @@ def verify(objects: Objects, run: str | None = None, progress: Progress | None =
     wanted = _wanted_chunks(manifests, sizes)
     report.checkpoints = len(manifests)
     total = sum(each.stored for each in wanted)
+    compiled.expect(sum(each.raw or 0 for each in wanted))
     reasons: dict[ChunkKey, str] = {}
 
     def check(each: _Wanted) -> None:
