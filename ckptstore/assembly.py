@@ -4,14 +4,14 @@ The counterpart of segments.py. Knows manifests and memory; which tensors are wa
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ckptstore import chunk as chunks
+from ckptstore.decoding import decode_chain
 from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, retold
 from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest
@@ -25,13 +25,28 @@ _ALIGNMENT = 64
 
 @dataclass(slots=True)
 class _Job:
-    """One chunk to fetch, and every place that its bytes go to."""
+    """One chunk to fetch with what it stands on, and every place that its bytes go to."""
 
     index: int
-    ref: ChunkRef
+    chain: list[ChunkRef]
+    """In the order of decoding; the last is the chunk itself, those before it are there only for a delta."""
     wholes: list[ByteArray] = field(default_factory=list)
     parts: list[tuple[int, ByteArray]] = field(default_factory=list)
     """Offset in the chunk, and where the bytes from there on go."""
+
+    @property
+    def raw(self) -> int:
+        return self.chain[-1].raw
+
+    @property
+    def stored(self) -> int:
+        return sum(ref.stored for ref in self.chain)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held while it is under way: the objects, the planes of one, and what is decoded on the way."""
+        on_the_way = min(len(self.chain) - 1, 2) + (0 if self.wholes else 1)
+        return self.stored + (1 + on_the_way) * self.raw
 
 
 class Assembly:
@@ -76,21 +91,22 @@ class Assembly:
             UnavailableError: the backend failed.
         """
 
-        def fetch(job: _Job) -> tuple[_Job, bytes]:
+        def fetch(job: _Job) -> tuple[_Job, list[bytes]]:
             with self._named(job):
-                return job, _get(objects, job.ref)
+                return job, [_get(objects, ref) for ref in job.chain]
 
-        def write(fetched: tuple[_Job, bytes]) -> None:
-            job, content = fetched
+        def write(fetched: tuple[_Job, list[bytes]]) -> None:
+            job, contents = fetched
             self.has_written = True
             with self._named(job):
                 try:
-                    _write(job, content)
+                    _write(job, contents)
                 except CorruptError:
-                    _write(job, _get(objects, job.ref))  # once more: it may be the way, not the object, that is bad
+                    # Once more: it may be the way, not the object, that is bad. If not, which object it is.
+                    _write(job, [_get(objects, ref) for ref in job.chain], verify_each=True)
 
         jobs = self._jobs()
-        compiled.expect(sum(job.ref.raw for job in jobs))
+        compiled.expect(sum(len(job.chain) * job.raw for job in jobs))
         if objects.gets_wait:
             stages = [Stage(fetch, objects.request_threads), Stage(write, worker_threads())]
         else:
@@ -99,9 +115,9 @@ class Assembly:
         staged(
             jobs,
             stages,
-            weigh=lambda job: job.ref.stored + (0 if job.wholes else job.ref.raw) + job.ref.raw,
+            weigh=lambda job: job.held_bytes,
             max_inflight_bytes=MAX_INFLIGHT_BYTES,
-            done=(lambda job: progress(job.ref.stored)) if progress else None,
+            done=(lambda job: progress(job.stored)) if progress else None,
         )
 
     def value(self, node: TensorNode) -> Any:
@@ -116,7 +132,7 @@ class Assembly:
 
     def stored_bytes(self) -> int:
         """What `fill` will fetch."""
-        return sum(job.ref.stored for job in self._jobs())
+        return sum(job.stored for job in self._jobs())
 
     def _tensor(self, node: TensorNode) -> torch.Tensor:
         storage = self._storages.get(node.segment)
@@ -144,12 +160,12 @@ class Assembly:
             segment = self.manifest.segments[number]
             position = 0
             for index in segment.chunks:
-                job = jobs.setdefault(index, _Job(index, self.manifest.chunks[index]))
+                job = jobs.setdefault(index, _Job(index, self.manifest.chain(index)))
                 if segment.offset is not None:
                     job.parts.append((segment.offset, memory))
                 else:
-                    job.wholes.append(memory[position : position + job.ref.raw])
-                    position += job.ref.raw
+                    job.wholes.append(memory[position : position + job.raw])
+                    position += job.raw
         return list(jobs.values())
 
     def _name(self) -> str:
@@ -163,8 +179,8 @@ class Assembly:
         except CorruptError as error:
             paths = self.manifest.paths_of_chunk(job.index)
             paths = paths if len(paths) <= 8 else [*paths[:8], f"and {len(paths) - 8} more"]
-            text = f"{self._name()}: {', '.join(paths)}: the chunk {job.ref.key}: {error}"
-            error.key = job.ref.key
+            error.key = error.key or job.chain[-1].key
+            text = f"{self._name()}: {', '.join(paths)}: the chunk {error.key}: {error}"
             raise retold(error, text) from error
 
 
@@ -181,15 +197,15 @@ def _new_memory(length: int) -> ByteArray:
 def _get(objects: Objects, ref: ChunkRef) -> bytes:
     content = objects.get(ref.key)
     if content is None:
-        raise MissingChunkError("it is not in the store (deleted by hand, by a life-cycle rule, or by a collection)")
+        error = MissingChunkError("it is not in the store (deleted by hand, by a life-cycle rule, or by a collection)")
+        error.key = ref.key
+        raise error
     return content
 
 
-def _write(job: _Job, content: bytes) -> None:
-    if len(content) != job.ref.stored:
-        raise CorruptError(f"it has {len(content)} bytes in place of {job.ref.stored}")
-    raw = job.wholes[0] if job.wholes else np.empty(job.ref.raw, np.uint8)
-    chunks.decode(content, job.ref.digest, raw)
+def _write(job: _Job, contents: Sequence[bytes], *, verify_each: bool = False) -> None:
+    raw = job.wholes[0] if job.wholes else np.empty(job.raw, np.uint8)
+    decode_chain(job.chain, contents, raw, verify_each=verify_each)
     for memory in job.wholes[1:]:
         memory[:] = raw
     for offset, memory in job.parts:

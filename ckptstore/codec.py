@@ -66,22 +66,55 @@ class _Zstd(threading.local):
 _zstd = _Zstd()
 
 
-def encode_planes(raw: ByteArray, element_size: int, room: ByteArray | None = None) -> list[Plane]:
-    """Split `raw` (a multiple of `element_size` bytes, not empty) and compress the planes for which it pays.
+class Sampled:
+    """What a few slices of some raw bytes tell of how to encode all of them.
 
-    room: memory as long as `raw`. Planes that are stored raw lie in it, each where it would if all were raw.
+    raw: a multiple of `element_size` bytes, not empty.
+    base: if given, what is encoded is the difference to it.
     """
-    room = np.empty(len(raw), np.uint8) if room is None else room
-    count = len(raw) // element_size
-    widths = PLANE_WIDTHS[element_size]
-    planes = np.split(room, [count * sum(widths[:number]) for number in range(1, len(widths))])
-    samples = _sample(raw, element_size)
-    split(raw, element_size, planes)
-    return [_encode(plane, sample) for plane, sample in zip(planes, samples, strict=True)]
+
+    def __init__(self, raw: ByteArray, element_size: int, base: ByteArray | None = None) -> None:
+        self.raw = raw
+        self.element_size = element_size
+        self.base = base
+        self._plans = [_plan(plane) for plane in _sample(raw, element_size, base)]
+
+    @property
+    def shrinks_to(self) -> float:
+        """What part of their length the bytes are likely to take."""
+        return sum(plan.stored for plan in self._plans) / sum(plan.sampled for plan in self._plans)
+
+    def encode_planes(self, room: ByteArray | None = None) -> list[Plane]:
+        """Split the raw bytes and compress the planes for which it pays.
+
+        room: memory as long as `raw`. Planes that are stored raw lie in it, each where it would if all were raw.
+        """
+        room = np.empty(len(self.raw), np.uint8) if room is None else room
+        count = len(self.raw) // self.element_size
+        widths = PLANE_WIDTHS[self.element_size]
+        planes = np.split(room, [count * sum(widths[:number]) for number in range(1, len(widths))])
+        split(self.raw, self.element_size, planes, self.base)
+        return [_encode(plane, plan) for plane, plan in zip(planes, self._plans, strict=True)]
+
+
+def as_it_is(raw: ByteArray) -> Plane:
+    """All of `raw` as one plane of single bytes, uncompressed."""
+    return Plane(Mode.RAW, raw) if raw.any() else Plane(Mode.ZERO, raw[:0])
+
+
+def encode_planes(
+    raw: ByteArray, element_size: int, room: ByteArray | None = None, base: ByteArray | None = None
+) -> list[Plane]:
+    """Sample and encode in one go: see `Sampled`."""
+    return Sampled(raw, element_size, base).encode_planes(room)
 
 
 def decode_planes(
-    planes: list[Plane], element_size: int, out: ByteArray, written: Callable[[ByteArray], object] = lambda part: None
+    planes: list[Plane],
+    element_size: int,
+    out: ByteArray,
+    written: Callable[[ByteArray], object] = lambda part: None,
+    base: ByteArray | None = None,
 ) -> None:
     """Write the raw bytes of `planes` into `out`, whose length says how many. Raises CorruptError.
 
@@ -90,28 +123,51 @@ def decode_planes(
     """
     count = len(out) // element_size
     decoded = [_decode(plane, count * width) for plane, width in zip(planes, PLANE_WIDTHS[element_size], strict=True)]
-    merge(decoded, element_size, out, written)
+    merge(decoded, element_size, out, written, base)
 
 
-def _sample(raw: ByteArray, element_size: int) -> list[ByteArray]:
+def _sample(raw: ByteArray, element_size: int, base: ByteArray | None) -> list[ByteArray]:
     """The planes of a few slices of `raw`, taken at even distances."""
-    elements = raw.reshape(-1, element_size)
-    if len(elements) > _SAMPLE_SLICES * _SAMPLE_ELEMENTS:
-        starts = np.linspace(0, len(elements) - _SAMPLE_ELEMENTS, _SAMPLE_SLICES, dtype=np.int64)
-        elements = np.concatenate([elements[start : start + _SAMPLE_ELEMENTS] for start in starts])
-    planes = [np.empty(len(elements) * width, np.uint8) for width in PLANE_WIDTHS[element_size]]
-    split(elements.reshape(-1), element_size, planes)
+    raw = _slices(raw, element_size)
+    planes = [np.empty(len(raw) // element_size * width, np.uint8) for width in PLANE_WIDTHS[element_size]]
+    split(raw, element_size, planes, None if base is None else _slices(base, element_size))
     return planes
 
 
-def _encode(plane: ByteArray, sample: ByteArray) -> Plane:
-    if not sample.any() and not plane.any():
-        return Plane(Mode.ZERO, plane[:0])
+def _slices(raw: ByteArray, element_size: int) -> ByteArray:
+    length = _SAMPLE_ELEMENTS * element_size
+    if len(raw) <= _SAMPLE_SLICES * length:
+        return raw
+    starts = np.linspace(0, len(raw) // element_size - _SAMPLE_ELEMENTS, _SAMPLE_SLICES, dtype=np.int64) * element_size
+    return np.concatenate([raw[start : start + length] for start in starts])
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How to encode a plane, going by a sample of it."""
+
+    sampled: int
+    stored: int
+    compressor: int | None
+    """Which of the settings; None: it does not pay."""
+
+
+def _plan(sample: ByteArray) -> _Plan:
+    if not sample.any():
+        return _Plan(len(sample), 0, 0)
     sizes = [len(compressor.compress(sample.data)) for compressor in _zstd.compressors]
     best = min(sizes)
     if best > _PAYS * len(sample):
+        return _Plan(len(sample), len(sample), None)
+    return _Plan(len(sample), best, sizes.index(best))
+
+
+def _encode(plane: ByteArray, plan: _Plan) -> Plane:
+    if not plan.stored and not plane.any():
+        return Plane(Mode.ZERO, plane[:0])
+    if plan.compressor is None:
         return Plane(Mode.RAW, plane)
-    stored = _zstd.compressors[sizes.index(best)].compress(plane.data)
+    stored = _zstd.compressors[plan.compressor].compress(plane.data)
     if len(stored) > _PAYS * len(plane):
         return Plane(Mode.RAW, plane)
     return Plane(Mode.ZSTD, np.frombuffer(stored, np.uint8))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from ckptstore.errors import CorruptError, UnavailableError
 from ckptstore.format import CONDEMNED, condemned_key, new_save_id
-from ckptstore.manifest import Condemned, decode_condemned, encode
+from ckptstore.manifest import Condemned, decode_condemned, encode, format_naming
 from ckptstore.objects.base import Objects
 from ckptstore.writer import now_text
 
@@ -28,7 +28,9 @@ def condemn_keys(objects: Objects, keys: Iterable[str]) -> bool:
         # Every save reads every list, so what is marked already is not marked again.
         named = sorted(wanted - _marked(objects))
         mark = new_save_id()
-        condemned = Condemned(collection=mark, reason="corrupt", created=now_text(), keys=named)
+        condemned = Condemned(
+            format=format_naming(named), collection=mark, reason="corrupt", created=now_text(), keys=named
+        )
         return not named or objects.create(condemned_key(mark), encode(condemned))
     return False
 

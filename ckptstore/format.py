@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from ckptstore.errors import InvalidInputError
 
 FORMAT_VERSION = 1
-"""Of the marker, manifests, sessions and condemned lists. Chunks carry a version of their own (chunk.py)."""
+"""Of sealed JSON objects that name no delta. Chunks and deltas carry a version of their own (chunk.py)."""
+DELTA_FORMAT_VERSION = 2
+"""Of manifests and condemned lists that name a delta, so that a reader that knows none says so."""
 
 DEFAULT_CHUNK_BYTES = 8 * 2**20
 DEFAULT_SMALL_BYTES = 64 * 2**10
@@ -20,6 +22,8 @@ DEFAULT_SMALL_BYTES = 64 * 2**10
 MAX_CHUNK_BYTES = 2**30
 MAX_OVERHEAD_BYTES = 104
 """How much longer than its raw bytes a chunk object can be: its header and table."""
+MAX_DELTA_DEPTH = 64
+"""How many deltas may stand one on another, above a chunk that needs none."""
 MAX_STEP = 2**63 - 1
 MIN_MANIFEST_BYTES = 1024
 """A committed manifest is padded to this. Fences and tombstones are shorter, so a listing tells them apart."""
@@ -27,6 +31,7 @@ MIN_MANIFEST_BYTES = 1024
 MARKER_KEY = "ckptstore.json"
 SESSIONS = "sessions/"
 CHUNKS = "chunks/"
+DELTAS = "deltas/"
 RUNS = "runs/"
 CONDEMNED = "condemned/"
 
@@ -34,7 +39,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SAVE_ID = re.compile(r"[0-9a-f]{32}")
 RUN_NAME = r"[A-Za-z0-9_][A-Za-z0-9._+=,-]{0,127}"
 _RUN_NAME = re.compile(RUN_NAME)
-_CHUNK_KEY = re.compile(r"chunks/([0-9a-f]{2})/([0-9a-f]{64})\.([0-9a-f]{32})")
+_CHUNK_KEY = re.compile(r"(chunks/|deltas/)([0-9a-f]{2})/([0-9a-f]{64})\.([0-9a-f]{32})")
 _MANIFEST_KEY = re.compile(r"runs/([^/]+)/([0-9]{20})\.([0-9a-f]{32})\.json")
 
 
@@ -88,8 +93,8 @@ def condemned_key(collection_id: str) -> str:
     return f"{CONDEMNED}{collection_id}.json"
 
 
-def chunk_key(digest: str, save_id: str) -> str:
-    return f"{CHUNKS}{digest[:2]}/{digest}.{save_id}"
+def chunk_key(digest: str, save_id: str, *, is_delta: bool = False) -> str:
+    return f"{DELTAS if is_delta else CHUNKS}{digest[:2]}/{digest}.{save_id}"
 
 
 def run_prefix(run: str) -> str:
@@ -102,20 +107,21 @@ def manifest_key(run: str, step: int, save_id: str) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class ChunkKey:
-    """The parts of a chunk's key: digest of the raw bytes, and the save that uploaded it (both hex)."""
+    """The parts of a chunk's key: digest of the raw bytes, the save that uploaded it (both hex), full or a delta."""
 
     digest: str
     save_id: str
+    is_delta: bool = False
 
     def __str__(self) -> str:
-        return chunk_key(self.digest, self.save_id)
+        return chunk_key(self.digest, self.save_id, is_delta=self.is_delta)
 
     @classmethod
     def parse(cls, key: str) -> "ChunkKey | None":
         match = _CHUNK_KEY.fullmatch(key)
-        if match is None or match[1] != match[2][:2]:
+        if match is None or match[2] != match[3][:2]:
             return None
-        return cls(match[2], match[3])
+        return cls(match[3], match[4], match[1] == DELTAS)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -5,6 +5,7 @@ well-formed, whoever wrote it. Knows nothing of tensors' values and nothing of s
 """
 
 import json
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,8 +15,11 @@ from msgspec import Meta, Struct
 
 from ckptstore.errors import CorruptError, UnsupportedFormatError
 from ckptstore.format import (
+    DELTA_FORMAT_VERSION,
+    DELTAS,
     FORMAT_VERSION,
     MAX_CHUNK_BYTES,
+    MAX_DELTA_DEPTH,
     MAX_STEP,
     MIN_MANIFEST_BYTES,
     RUN_NAME,
@@ -85,17 +89,19 @@ class Session(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     beat: Count
 
 
-class ChunkRef(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One chunk object that decoding a checkpoint takes. Its key is made of `digest` and `save`."""
+class ChunkRef(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """One chunk object that decoding a checkpoint takes."""
 
     digest: Digest
     save: SaveId
     raw: ChunkLength
     stored: Count
+    base: Count | None = None
+    """A delta's: index of the chunk, full or a delta itself, in the same table that it is the difference to."""
 
     @property
     def key(self) -> str:
-        return chunk_key(self.digest, self.save)
+        return chunk_key(self.digest, self.save, is_delta=self.base is not None)
 
 
 class Segment(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -142,9 +148,18 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The length of each segment, against which the tree's tensors are checked."""
         return [segment.bytes for segment in self.segments]
 
+    def chain(self, index: int) -> list[ChunkRef]:
+        """What decoding a chunk of the table takes, in the order of decoding: a full chunk, and the deltas on it."""
+        refs = [self.chunks[index]]
+        while (base := refs[-1].base) is not None:
+            refs.append(self.chunks[base])
+        return refs[::-1]
+
     def paths_of_chunk(self, index: int) -> list[str]:
-        """The paths of the tensors that need a chunk of the table."""
-        segments = {number for number, segment in enumerate(self.segments) if index in segment.chunks}
+        """The paths of the tensors that need a chunk of the table, be it as a base."""
+        wanted = self.chunks[index]
+        needing = {number for number in range(len(self.chunks)) if any(ref is wanted for ref in self.chain(number))}
+        segments = {number for number, segment in enumerate(self.segments) if not needing.isdisjoint(segment.chunks)}
         return [path for path, node in tensors(self.tree, self.segment_bytes) if node.segment in segments]
 
 
@@ -173,6 +188,11 @@ class Condemned(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     keys: list[str]
 
 
+def format_naming(keys: Iterable[str]) -> int:
+    """The version of a manifest or condemned list that names these chunk keys."""
+    return DELTA_FORMAT_VERSION if any(key.startswith(DELTAS) for key in keys) else FORMAT_VERSION
+
+
 def content_digest(tree: Any, segments: list[Segment], digests: list[str]) -> str:
     """What makes two checkpoints the same state: the tree, the segments and the chunks' digests in their order."""
     return blake3.blake3(msgspec.json.encode([tree, segments, digests])).hexdigest()
@@ -185,22 +205,23 @@ def encode(value: Marker | Session | Manifest | Ended | Condemned) -> bytes:
 
 def decode_marker(content: bytes, key: str) -> Marker:
     """Raises CorruptError or UnsupportedFormatError, as all of these do."""
-    return _decode(_open(content, key)[1], key, Marker)
+    return _decode(_known(content, key), key, Marker)
 
 
 def decode_session(content: bytes, key: str) -> Session:
-    value = _decode(_open(content, key)[1], key, Session)
+    value = _decode(_known(content, key), key, Session)
     if session_key(value.save) != key:
         raise CorruptError(f"{key} says that it is the session {value.save}")
     return value
 
 
 def decode_condemned(content: bytes, key: str) -> Condemned:
-    value = _decode(_open(content, key)[1], key, Condemned)
+    value = _decode(_known(content, key, DELTA_FORMAT_VERSION), key, Condemned)
     if condemned_key(value.collection) != key:
         raise CorruptError(f"{key} says that it is the condemned list {value.collection}")
     if not all(ChunkKey.parse(condemned) for condemned in value.keys):
         raise CorruptError(f"{key} names a key that is not a chunk's")
+    _check_version(value.format, value.keys, key)
     return value
 
 
@@ -209,14 +230,18 @@ def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
     head, text = _open(content, str(key))
     value: Manifest | Ended
     if head.state == "committed":
+        _require_known(head, DELTA_FORMAT_VERSION, str(key))
         value = _decode(text, str(key), Manifest)
     else:
+        _require_known(head, FORMAT_VERSION, str(key))
         value = _decode(text, str(key), Ended)
     if value.key != key:
         raise CorruptError(f"{key} says that it is the manifest {value.key}")
     if isinstance(value, Manifest) != (len(content) >= MIN_MANIFEST_BYTES):
         raise CorruptError(f"{key} is {value.state}, which {len(content)} bytes are not the length of")
     if isinstance(value, Manifest):
+        _check_version(value.format, (chunk.key for chunk in value.chunks), str(key))
+        _check_bases(value)
         _check_segments(value)
         # The tree may be long and is checked where it is walked; these two are short, and read as they stand.
         for node in (value.metrics, value.metadata):
@@ -225,18 +250,28 @@ def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
     return value
 
 
+def _known(content: bytes, key: str, newest: int = FORMAT_VERSION) -> bytes:
+    """The text of an object whose seal is whole and whose version is known here."""
+    head, text = _open(content, key)
+    _require_known(head, newest, key)
+    return text
+
+
+def _require_known(head: _Head, newest: int, key: str) -> None:
+    if head.format > newest:
+        raise UnsupportedFormatError(
+            f"{key} has format version {head.format}; this ckptstore reads up to {newest}. "
+            "Install a newer ckptstore to use this store."
+        )
+
+
 def _open(content: bytes, key: str) -> tuple[_Head, bytes]:
-    """The head and the text of an object whose seal is whole and whose version is known here."""
+    """The head and the text of an object whose seal is whole."""
     text = unseal(content, key)
     try:
         head = msgspec.json.decode(text, type=_Head)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise CorruptError(f"{key} does not hold what its name says ({error})") from error
-    if head.format > FORMAT_VERSION:
-        raise UnsupportedFormatError(
-            f"{key} has format version {head.format}; this ckptstore reads up to {FORMAT_VERSION}. "
-            "Install a newer ckptstore to use this store."
-        )
     return head, text
 
 
@@ -259,6 +294,32 @@ def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(members):
         raise ValueError(f"of the keys {[name for name, _ in members][:20]} one stands there twice")
     return found
+
+
+def _check_version(version: int, named: Iterable[str], key: str) -> None:
+    """What says that it is of version 1 holds nothing that a reader of version 1 would not know."""
+    if version < format_naming(named):
+        raise CorruptError(f"{key} names a delta and says that its format is {version}")
+
+
+def _check_bases(manifest: Manifest) -> None:
+    """Each delta stands, over at most so many others, on a full chunk of its own length."""
+    depths: dict[int, int] = {}
+    for start in range(len(manifest.chunks)):
+        climbed: list[int] = []
+        index = start
+        while index not in depths and (base := manifest.chunks[index].base) is not None:
+            climbed.append(index)
+            if base >= len(manifest.chunks) or manifest.chunks[base].raw != manifest.chunks[index].raw:
+                raise CorruptError(f"{manifest.key}: the base of chunk {index} is not listed, or of another length")
+            if len(climbed) > MAX_DELTA_DEPTH:
+                break
+            index = base
+        depth = depths.get(index, 0)
+        for index in reversed(climbed):
+            depth = depths[index] = depth + 1
+        if depth > MAX_DELTA_DEPTH:
+            raise CorruptError(f"{manifest.key}: more than {MAX_DELTA_DEPTH} deltas stand one on another")
 
 
 def _check_segments(manifest: Manifest) -> None:

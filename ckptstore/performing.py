@@ -9,11 +9,15 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 
 from ckptstore import protocol
+from ckptstore.chunk import Base, Codec, encode_delta
+from ckptstore.chunk import decode as decode_chunk
 from ckptstore.chunk import digest as digest_of
 from ckptstore.chunk import encode as encode_chunk
-from ckptstore.errors import InvalidInputError, UnavailableError
+from ckptstore.deltas import Held
+from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, UnavailableError
 from ckptstore.format import chunk_key, session_key
 from ckptstore.kernels import ByteArray
 from ckptstore.manifest import Session, encode
@@ -47,10 +51,13 @@ class RawChunk(Protocol):
 class Performer:
     """Carries the protocol's operations out on a backend."""
 
-    def __init__(self, objects: Objects, chunks: Mapping[str, RawChunk] | None = None) -> None:
+    def __init__(self, objects: Objects, chunks: Mapping[str, RawChunk] | None = None, codec: Codec = "fast") -> None:
         """`chunks`: what `protocol.Upload` may ask for, by digest."""
         self._objects = objects
         self._chunks = chunks or {}
+        self._codec = codec
+        self.damaged: list[CorruptError] = []
+        """Bases that turned out corrupt or missing; what was to stand on them was stored in full."""
         self._heart: _Heart | None = None
 
     def perform(self, steps: Generator[protocol.Operation, Any, T]) -> T:
@@ -86,8 +93,8 @@ class Performer:
             case protocol.Close(save_id):
                 self._stop_heart()
                 self._objects.delete(session_key(save_id))
-            case protocol.Upload(save_id, digests):
-                return self._upload(save_id, digests)
+            case protocol.Upload(save_id, digests, bases):
+                return self._upload(save_id, digests, bases)
             case protocol.Sync(keys):
                 return self._objects.sync(keys)
 
@@ -95,32 +102,57 @@ class Performer:
         found = each(self._objects.list, prefixes, threads=self._objects.request_threads)
         return [row for rows in found for row in rows]
 
-    def _upload(self, save_id: str, digests: Sequence[str]) -> dict[str, int]:
-        def encoded(name: str) -> tuple[str, Any]:
+    def _upload(self, save_id: str, digests: Sequence[str], bases: Mapping[str, Held]) -> dict[str, protocol.Uploaded]:
+        def fetched(name: str) -> tuple[str, bytes | None]:
+            return name, self._objects.get(bases[name].key) if name in bases else None
+
+        def encoded(pair: tuple[str, bytes | None]) -> tuple[str, Any, bool]:
+            name, base_content = pair
             chunk = self._chunks[name]
             raw = chunk.read()
-            content = encode_chunk(raw, chunk.element)
+            base = self._base(bases[name], base_content) if name in bases else None
+            content = None if base is None else encode_delta(raw, chunk.element, base)
+            is_delta = content is not None
+            if content is None:
+                content = encode_chunk(raw, chunk.element, self._codec)
             # After the encoding, so that nothing that was written meanwhile goes unseen.
             if not chunk.private and digest_of(raw) != name:
                 raise InvalidInputError(
                     "the state changed while it was saved, so nothing was committed. Do not train on in another "
                     "thread during run.save(…), or use run.save_async(…), which copies the state first."
                 )
-            return name, content
+            return name, content, is_delta
 
-        def put(pair: tuple[str, Any]) -> int:
-            name, content = pair
-            self._objects.put(chunk_key(name, save_id), memoryview(content))
-            return len(content)
+        def put(made: tuple[str, Any, bool]) -> protocol.Uploaded:
+            name, content, is_delta = made
+            self._objects.put(chunk_key(name, save_id, is_delta=is_delta), memoryview(content))
+            return protocol.Uploaded(len(content), is_delta)
 
-        sizes = staged(
+        if bases and self._objects.gets_wait:
+            stages = [Stage(fetched, self._objects.request_threads), Stage(encoded, worker_threads())]
+        else:
+            stages = [Stage(lambda name: encoded(fetched(name)), worker_threads())]
+        uploaded = staged(
             digests,
-            [Stage(encoded, worker_threads()), Stage(put, self._objects.request_threads)],
-            # The raw bytes if they had to be copied, the planes, the object.
-            weigh=lambda name: 3 * self._chunks[name].raw_bytes,
+            [*stages, Stage(put, self._objects.request_threads)],
+            # The raw bytes if they had to be copied, the planes, the object; of a base its object and its raw bytes.
+            weigh=lambda name: (5 if name in bases else 3) * self._chunks[name].raw_bytes,
             max_inflight_bytes=MAX_INFLIGHT_BYTES,
         )
-        return dict(zip(digests, sizes, strict=True))
+        return dict(zip(digests, uploaded, strict=True))
+
+    def _base(self, held: Held, content: bytes | None) -> Base | None:
+        """The verified bytes of a base; None if it is damaged, which is no reason for a save to fail."""
+        raw = np.empty(held.raw, np.uint8)
+        try:
+            if content is None:
+                raise MissingChunkError("it is not in the store")
+            decode_chunk(content, held.digest, raw)
+        except CorruptError as error:
+            error.key = held.key
+            self.damaged.append(error)
+            return None
+        return Base(held.digest, raw)
 
     def _stop_heart(self) -> None:
         if self._heart is not None:

@@ -5,10 +5,11 @@ interleaving) decides how they are carried out. docs/explanation/protocol.md say
 the numbers in the comments are those of its section "Save".
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptstore.deltas import Held, find_bases, held_chunks, table
 from ckptstore.errors import ConflictError, CorruptError, FencedError, NotFoundError, UnavailableError
 from ckptstore.format import (
     CHUNKS,
@@ -30,6 +31,7 @@ from ckptstore.manifest import (
     decode_condemned,
     decode_manifest,
     encode,
+    format_naming,
 )
 from ckptstore.objects.base import ObjectInfo
 
@@ -86,10 +88,20 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """-> dict digest -> stored bytes. Encodes and puts the chunks of these digests under the save's own keys."""
+    """-> dict digest -> Uploaded. Encodes and puts the chunks of these digests under the save's own keys."""
 
     save: str
     digests: tuple[str, ...]
+    bases: Mapping[str, Held] = field(default_factory=dict)
+    """Digest -> a full chunk that it may be stored as the difference to, where that is clearly smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """What became of a chunk: the length of its object, and whether it is the difference to its base."""
+
+    stored: int
+    is_delta: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +132,8 @@ class SaveRequest:
     """Digest -> raw bytes of each different chunk, in the order of the manifest's table."""
     raw_bytes: int
     replace: bool = False
+    deltas: bool = False
+    """Whether chunks may be stored as differences to those of the run's newest checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,41 +285,63 @@ def _assemble(request: SaveRequest, found: _Found) -> Generator[Operation, Any, 
     """Steps 2 to 4: a manifest, each of whose chunks is in the store and durable."""
     lists = yield from _read_condemned()  # 2
     condemned = {key for each in lists if each for key in each.keys}
-    refs: dict[str, ChunkRef] = {}
+    held: dict[str, Held] = {}
     may_reuse = None not in lists  # a list that cannot be read may name any key
+    newest: Manifest | None = None
     if may_reuse and found.newest is not None:  # 3: what stands in a manifest that is read now
         [content] = yield Get((str(found.newest),))
-        newest = read_candidate(found.newest, 0.0, content)
-        if newest is not None and newest.manifest is not None:
-            _reuse(request, refs, newest.manifest.chunks, condemned)
-    missing = [name for name in request.chunks if name not in refs]
+        candidate = read_candidate(found.newest, 0.0, content)
+        newest = None if candidate is None else candidate.manifest
+    if newest is not None:
+        _reuse(request, held, held_chunks(newest), condemned)
+    missing = [name for name in request.chunks if name not in held]
     listed: list[str] = []
     if may_reuse and missing:  # 3: what a listing shows now
         rows: list[ObjectInfo] = yield List(_prefixes(missing))
         seen = [
-            ChunkRef(digest=key.digest, save=key.save_id, raw=request.chunks[key.digest], stored=row.size)
+            Held(key.digest, key.save_id, request.chunks[key.digest], row.size)
             for row in rows
             if (key := ChunkKey.parse(row.key)) and key.digest in request.chunks
         ]
-        _reuse(request, refs, seen, condemned)
-        listed = [refs[name].key for name in missing if name in refs]
-        missing = [name for name in missing if name not in refs]
+        _reuse(request, held, seen, condemned)
+        listed = [held[name].key for name in missing if name in held]
+        missing = [name for name in missing if name not in held]
     new_bytes = 0
     if missing:  # 4
-        stored: dict[str, int] = yield Upload(request.save, tuple(missing))
+        bases = {} if newest is None else _bases(request, missing, newest, condemned)
+        uploaded: dict[str, Uploaded] = yield Upload(request.save, tuple(missing), bases)
         for name in missing:
-            refs[name] = ChunkRef(digest=name, save=request.save, raw=request.chunks[name], stored=stored[name])
-            new_bytes += stored[name]
-    # What was found in a listing may have been put by a save that has not made it durable yet.
-    yield Sync((*listed, *(refs[name].key for name in missing)))
-    return _manifest(request, found.replaces, [refs[name] for name in request.chunks], new_bytes)
+            base = bases[name] if uploaded[name].is_delta else None
+            held[name] = Held(name, request.save, request.chunks[name], uploaded[name].stored, base)
+            new_bytes += uploaded[name].stored
+    # What was found in a listing may have been put by a save that has not made it durable yet. What stands in a
+    # manifest is durable, and so is what it stands on.
+    yield Sync((*listed, *(held[name].key for name in missing)))
+    return _manifest(request, found.replaces, table([held[name] for name in request.chunks]), new_bytes)
 
 
-def _reuse(request: SaveRequest, refs: dict[str, ChunkRef], seen: list[ChunkRef], condemned: set[str]) -> None:
-    for ref in seen:
-        wanted = request.chunks.get(ref.digest) == ref.raw and ref.stored <= ref.raw + MAX_OVERHEAD_BYTES
-        if wanted and ref.digest not in refs and ref.key not in condemned:
-            refs[ref.digest] = ref
+def _reuse(request: SaveRequest, held: dict[str, Held], seen: list[Held], condemned: set[str]) -> None:
+    for chunk in seen:
+        wanted = request.chunks.get(chunk.digest) == chunk.raw and chunk.stored <= chunk.raw + MAX_OVERHEAD_BYTES
+        if wanted and chunk.digest not in held and _is_sound(chunk, condemned):
+            held[chunk.digest] = chunk
+
+
+def _is_sound(chunk: Held, condemned: set[str]) -> bool:
+    """A delta is worth what all of its chain is worth."""
+    return not any(link.key in condemned for link in chunk.chain)
+
+
+def _bases(request: SaveRequest, missing: list[str], newest: Manifest, condemned: set[str]) -> dict[str, Held]:
+    """What may be stored as a difference to what. A base is reused as much as a chunk is, by the same rules."""
+    if not request.deltas:
+        return {}
+    names = list(request.chunks)
+    wanted = set(missing)
+    indices = [index for index, name in enumerate(names) if name in wanted]
+    lengths = list(request.chunks.values())
+    found = find_bases(indices, lengths, request.tree, request.segments, newest)
+    return {names[index]: base for index, base in found.items() if _is_sound(base, condemned)}
 
 
 def _prefixes(digests: list[str]) -> tuple[str, ...]:
@@ -316,6 +352,7 @@ def _prefixes(digests: list[str]) -> tuple[str, ...]:
 
 def _manifest(request: SaveRequest, replaces: list[str], chunks: list[ChunkRef], new_bytes: int) -> Manifest:
     return Manifest(
+        format=format_naming(chunk.key for chunk in chunks),
         run=request.run,
         step=request.step,
         save=request.save,

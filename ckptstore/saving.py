@@ -1,12 +1,15 @@
 """A save, from the user's state to the manifest: take it apart, hash it, and let the protocol do the rest."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptstore import protocol, segments
 from ckptstore.catalog import read_marker
-from ckptstore.errors import CorruptError, FencedError, InvalidInputError, UnavailableError
+from ckptstore.chunk import Codec
+from ckptstore.condemning import condemn_corrupt
+from ckptstore.errors import CheckpointWarning, CorruptError, FencedError, InvalidInputError, UnavailableError
 from ckptstore.format import DEFAULT_CHUNK_BYTES, DEFAULT_SMALL_BYTES, MARKER_KEY, new_save_id
 from ckptstore.kernels import compiled
 from ckptstore.manifest import Manifest, Marker, content_digest, encode
@@ -73,7 +76,9 @@ def _small_values(values: Mapping[str, Any] | None, name: str) -> Any:
     return skeleton
 
 
-def save(objects: Objects, run: str, step: int, snapshot: Snapshot, *, replace: bool) -> Manifest:
+def save(
+    objects: Objects, run: str, step: int, snapshot: Snapshot, *, replace: bool, codec: Codec = "fast"
+) -> Manifest:
     """Save a snapshot as `step` of `run`; return the manifest that stands for it. Raises as `protocol.save` does."""
     marker = ensure_store(objects)
     layout = segments.cut(snapshot.sources, chunk_bytes=marker.chunk_bytes, small_bytes=marker.small_bytes)
@@ -94,11 +99,29 @@ def save(objects: Objects, run: str, step: int, snapshot: Snapshot, *, replace: 
             chunks={name: chunk.raw_bytes for name, chunk in distinct.items()},
             raw_bytes=layout.raw_bytes,
             replace=replace,
+            deltas=codec == "small",
         )
+        performer = Performer(objects, distinct, codec)
         try:
-            return Performer(objects, distinct).perform(protocol.save(request))
+            return performer.perform(protocol.save(request))
         except FencedError:
             if attempt == FENCED_TRIES - 1:
                 raise
             # What was uploaded can be found again, so another try is cheap.
+        finally:
+            _report(objects, performer.damaged)
     raise AssertionError("unreachable")
+
+
+def _report(objects: Objects, damaged: Sequence[CorruptError]) -> None:
+    """Say that earlier checkpoints are damaged, which the save found out by the way."""
+    if damaged:
+        condemn_corrupt(objects, *damaged)
+        keys = ", ".join(str(error.key) for error in damaged[:3])
+        warnings.warn(
+            CheckpointWarning(
+                f"earlier checkpoints in {objects.url} are damaged: {keys}: {damaged[0]}. This save does not need "
+                "them. `ckptstore verify` lists all damage."
+            ),
+            stacklevel=4,
+        )

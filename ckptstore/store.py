@@ -4,12 +4,14 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ckptstore import catalog, protocol, verifying
 from ckptstore import usage as usages
 from ckptstore.background import PendingSave
 from ckptstore.checkpoint import Checkpoint
+from ckptstore.chunk import Codec
+from ckptstore.errors import InvalidInputError
 from ckptstore.format import check_run_name, check_step
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
@@ -36,14 +38,25 @@ class Store:
             exclusive create. Or a backend of your own, a `ckptstore.objects.base.Objects`.
         storage_options: what fsspec's file system for the URL takes, such as `{"profile": "team"}` or
             `{"endpoint_url": "http://localhost:9000"}` for S3. Never written anywhere.
+        codec: how saves write chunks; every reader reads all of them, and equal chunks are found whatever they were
+            written with. "fast": compressed where that pays. "none": as they are, for a disk that is faster than the
+            processor. "small": as "fast", and where that is clearly smaller as the difference to the run's newest
+            checkpoint, which a save then reads, and a restore too.
 
     Raises:
-        InvalidInputError: the URL is not one that a store can be at.
+        InvalidInputError: the URL is not one that a store can be at, or there is no such codec.
     """
 
     def __init__(
-        self, url: "str | os.PathLike[str] | Objects", storage_options: Mapping[str, Any] | None = None
+        self,
+        url: "str | os.PathLike[str] | Objects",
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        codec: Codec = "fast",
     ) -> None:
+        if codec not in get_args(Codec):
+            raise InvalidInputError(f"codec must be one of {', '.join(map(repr, get_args(Codec)))}, not {codec!r}.")
+        self._codec: Codec = codec
         self._objects = url if isinstance(url, Objects) else open_objects(url, storage_options)
         self._pending: dict[str, PendingSave] = {}
         self._turns: dict[str, threading.RLock] = {}
@@ -113,6 +126,7 @@ class Run:
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
         self._objects = store._objects
+        self._codec = store._codec
         self.name = name
 
     def __repr__(self) -> str:
@@ -157,7 +171,9 @@ class Run:
         number = check_step(step)
         with self._turn():
             snapshot = saving.take_apart(state, metrics, metadata)
-            return Checkpoint(saving.save(self._objects, self.name, number, snapshot, replace=replace))
+            return Checkpoint(
+                saving.save(self._objects, self.name, number, snapshot, replace=replace, codec=self._codec)
+            )
 
     def save_async(
         self,
@@ -183,10 +199,10 @@ class Run:
         from ckptstore.pipeline import worker_threads
 
         number = check_step(step)
-        objects, name = self._objects, self.name
+        objects, name, codec = self._objects, self.name, self._codec
 
         def work(copied: saving.Snapshot) -> Checkpoint:
-            return Checkpoint(saving.save(objects, name, number, copied, replace=replace))
+            return Checkpoint(saving.save(objects, name, number, copied, replace=replace, codec=codec))
 
         with self._turn():
             snapshot = saving.take_apart(state, metrics, metadata)
@@ -340,7 +356,9 @@ class Run:
                 metrics=found.metrics if metrics is None and found.metrics is not None else given.metrics,
                 metadata=found.metadata if metadata is None and found.metadata is not None else given.metadata,
             )
-            return Checkpoint(saving.save(self._objects, self.name, number, snapshot, replace=replace))
+            return Checkpoint(
+                saving.save(self._objects, self.name, number, snapshot, replace=replace, codec=self._codec)
+            )
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order, from one listing; empty if there is none.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ckptstore import catalog
 from ckptstore.errors import CorruptError
-from ckptstore.format import CHUNKS, ManifestKey
+from ckptstore.format import CHUNKS, DELTAS, ManifestKey
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import ObjectInfo, Objects
 from ckptstore.pipeline import each
@@ -57,7 +57,7 @@ def usage(objects: Objects) -> Usage:
         CorruptError: a manifest is damaged, so the sums would be wrong.
     """
     catalog.require_store(objects)
-    stored_objects = {row.key: row.size for row in objects.list(CHUNKS)}
+    stored_objects = {row.key: row.size for prefix in (CHUNKS, DELTAS) for row in objects.list(prefix)}
     sizes: dict[str, int] = {}
     chunks_of: dict[str, set[str]] = {}
     logical_bytes: Counter[str] = Counter()

@@ -8,10 +8,11 @@ import numpy as np
 from ckptstore import chunk as chunks
 from ckptstore.catalog import read_marker
 from ckptstore.condemning import condemn_keys
+from ckptstore.decoding import decode_chain
 from ckptstore.errors import CheckpointError, CorruptError, UnsupportedFormatError
-from ckptstore.format import CHUNKS, CONDEMNED, MARKER_KEY, RUNS, SESSIONS, ChunkKey, ManifestKey, run_prefix
+from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, MARKER_KEY, RUNS, SESSIONS, ChunkKey, ManifestKey, run_prefix
 from ckptstore.kernels import compiled
-from ckptstore.manifest import Manifest, decode_condemned, decode_manifest, decode_session
+from ckptstore.manifest import ChunkRef, Manifest, decode_condemned, decode_manifest, decode_session
 from ckptstore.objects.base import Objects
 from ckptstore.pipeline import Progress, Stage, staged, worker_threads
 from ckptstore.skeleton import tensors
@@ -72,8 +73,20 @@ class _Wanted:
 
     key: ChunkKey
     stored: int
-    raw: int | None
+    chain: list[ChunkRef]
+    """What decoding it takes, the chunk itself last; empty if no manifest describes it."""
     users: list[tuple[Manifest, int]] = field(default_factory=list)
+
+    @property
+    def raw_bytes(self) -> int:
+        return sum(ref.raw for ref in self.chain)
+
+    @property
+    def held_bytes(self) -> int:
+        """What checking it holds in memory."""
+        if not self.chain:
+            return 2 * self.stored
+        return sum(ref.stored for ref in self.chain) + min(len(self.chain), 3) * self.chain[-1].raw
 
 
 def verify(objects: Objects, run: str | None = None, progress: Progress | None = None) -> VerifyReport:
@@ -89,20 +102,22 @@ def verify(objects: Objects, run: str | None = None, progress: Progress | None =
     except CorruptError as error:
         report.damaged.append(Damage(None, None, None, MARKER_KEY, str(error)))
     # Not the whole place: a disk's root has folders that nobody may list.
-    prefixes = (RUNS, CHUNKS, SESSIONS, CONDEMNED) if run is None else (run_prefix(run),)
+    prefixes = (RUNS, CHUNKS, DELTAS, SESSIONS, CONDEMNED) if run is None else (run_prefix(run),)
     sizes = {row.key: row.size for prefix in prefixes for row in objects.list(prefix)}
     manifests, marked = _check_documents(objects, sorted(sizes), report)
     wanted = _wanted_chunks(manifests, sizes)
     report.checkpoints = len(manifests)
     total = sum(each.stored for each in wanted)
-    compiled.expect(sum(each.raw or 0 for each in wanted))
+    compiled.expect(sum(each.raw_bytes for each in wanted))
     reasons: dict[ChunkKey, str] = {}
 
     def check(each: _Wanted) -> None:
         try:
             _check_chunk(objects, each)
         except CorruptError as error:
-            reasons[each.key] = str(error)
+            # What a damaged chunk is the base of cannot be checked. It is told of as needing that one.
+            if error.key is None or error.key == str(each.key):
+                reasons[each.key] = str(error)
 
     def count(each: _Wanted) -> None:
         report.chunks += 1
@@ -111,7 +126,7 @@ def verify(objects: Objects, run: str | None = None, progress: Progress | None =
             progress(report.bytes, total)
 
     threads = max(worker_threads(), objects.request_threads)
-    staged(wanted, [Stage(check, threads)], weigh=lambda each: each.stored + (each.raw or each.stored), done=count)
+    staged(wanted, [Stage(check, threads)], weigh=lambda each: each.held_bytes, done=count)
     _report_chunks(objects, [each for each in wanted if each.key in reasons], reasons, marked, report)
     return report
 
@@ -153,29 +168,39 @@ def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int]) -> list[_Wa
     wanted: dict[ChunkKey, _Wanted] = {}
     for manifest in manifests:
         for index, ref in enumerate(manifest.chunks):
-            key = ChunkKey(ref.digest, ref.save)
-            wanted.setdefault(key, _Wanted(key, ref.stored, ref.raw)).users.append((manifest, index))
+            key = ChunkKey(ref.digest, ref.save, ref.base is not None)
+            wanted.setdefault(key, _Wanted(key, ref.stored, manifest.chain(index))).users.append((manifest, index))
     for name, size in sizes.items():
         listed = ChunkKey.parse(name)
         if listed is not None:
-            wanted.setdefault(listed, _Wanted(listed, size, None))
+            wanted.setdefault(listed, _Wanted(listed, size, []))
     return sorted(wanted.values(), key=lambda each: each.key)
 
 
 def _check_chunk(objects: Objects, wanted: _Wanted) -> None:
+    if wanted.chain:
+        contents = [_get(objects, ref) for ref in wanted.chain]
+        decode_chain(wanted.chain, contents, np.empty(wanted.chain[-1].raw, np.uint8), verify_each=True)
+        return
     content = objects.get(str(wanted.key))
     if content is None:
-        if wanted.raw is None:
-            return  # no manifest needs it: a collection has taken it meanwhile
-        raise CorruptError("it is not in the store")
-    if wanted.raw is not None and len(content) != wanted.stored:
-        raise CorruptError(f"it has {len(content)} bytes in place of {wanted.stored}")
-    if wanted.raw is not None:
-        chunks.decode(content, wanted.key.digest, np.empty(wanted.raw, np.uint8))
-        return
+        return  # no manifest needs it: a collection has taken it meanwhile
     # How long a chunk is that no manifest describes, only it says itself: one at a time, should it claim a lot.
     with _undescribed:
-        chunks.decode(content, wanted.key.digest, np.empty(chunks.raw_length(content), np.uint8))
+        raw_bytes = chunks.raw_length(content)
+        if wanted.key.is_delta != chunks.is_delta(content):
+            raise CorruptError("it is a delta among full chunks, or the other way round")
+        if not wanted.key.is_delta:  # the base of a delta only a manifest names
+            chunks.decode(content, wanted.key.digest, np.empty(raw_bytes, np.uint8))
+
+
+def _get(objects: Objects, ref: ChunkRef) -> bytes:
+    content = objects.get(ref.key)
+    if content is None:
+        error = CorruptError("it is not in the store")
+        error.key = ref.key
+        raise error
+    return content
 
 
 def _report_chunks(

@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from ckptstore import chunk, format, skeleton
+from ckptstore import chunk, format, kernels, skeleton
+from ckptstore.codec import Sampled
 from ckptstore.errors import CorruptError, UnsupportedFormatError
 from ckptstore.format import ManifestKey, condemned_key, session_key
 from ckptstore.manifest import (
@@ -94,6 +95,29 @@ def test_ckptstore_reads_the_chunk_that_the_document_makes_by_hand(reader: dict[
     out = np.empty(8, np.uint8)
     chunk.decode(reader["chunk"], chunk.digest(reader["raw"]), out)
     assert out.tobytes() == reader["raw"]
+
+
+@pytest.mark.parametrize("element_size", [1, 2, 4, 8])
+def test_the_documents_reader_reads_deltas_of_ckptstore(
+    reader: dict[str, Callable[..., Any]], element_size: int
+) -> None:
+    base = noise(4096)
+    steps = np.random.default_rng(5).integers(-3, 4, len(base) // element_size)
+    raw = (base.view(f"<i{element_size}") + steps.astype(f"<i{element_size}")).view(np.uint8)
+    content = chunk.encode_delta(raw, element_size, chunk.Base(chunk.digest(base), base))
+    assert content is not None
+    assert reader["read_chunk"](content.tobytes(), chunk.digest(raw), base.tobytes()) == raw.tobytes()
+    with pytest.raises(AssertionError):
+        reader["read_chunk"](content.tobytes(), chunk.digest(raw), raw.tobytes())
+
+
+def test_ckptstore_codes_the_documents_example_of_a_delta_as_it_says() -> None:
+    raw, base, codes = (np.frombuffer(bytes.fromhex(text), np.uint8) for text in ("0500", "0301", "0401"))
+    assert "`05 00`, as elements of 1 byte over the base `03 01`" in section("Deltas")
+    assert "the codes `04 01`" in section("Deltas")
+    found = [np.empty(2, np.uint8)]
+    kernels.split(raw, 1, found, base)
+    assert np.array_equal(found[0], codes)
 
 
 def by_tables(values: dict[str, bytes]) -> bytes:
@@ -205,6 +229,26 @@ def test_the_documents_reader_reads_tensors_of_a_manifest(reader: dict[str, Call
     assert [array.dtype for array in found.values()] == ["<f4", "<f4", "<i8", "<f8"]
 
 
+def test_the_documents_reader_reads_a_tensor_whose_chunk_stands_on_others(
+    reader: dict[str, Callable[..., Any]],
+) -> None:
+    raws = [np.full(64, number, "<f4").view(np.uint8) for number in (1.0, 1.5, 1.25)]
+    objects: dict[str, bytes] = {}
+    refs: list[ChunkRef] = []
+    for number, raw in enumerate(raws):
+        below = None if number == 0 else chunk.Base(chunk.digest(raws[number - 1]), raws[number - 1])
+        made = chunk.encode(raw, 4) if below is None else chunk._encode(Sampled(raw, 4, below.raw), below)
+        base = None if number == 0 else number - 1
+        refs.append(ChunkRef(digest=chunk.digest(raw), save=SAVE, raw=len(raw), stored=len(made), base=base))
+        objects[refs[-1].key] = made.tobytes()
+    manifest = {
+        "segments": [{"bytes": 256, "element": 4, "chunks": [2]}],
+        "chunks": json.loads(msgspec.json.encode(refs)),
+    }
+    node = {"$": "tensor", "dtype": "float32", "shape": [64], "segment": 0}
+    assert reader["read_tensor"](manifest, node, objects.__getitem__).tolist() == [1.25] * 64
+
+
 def test_the_documents_reader_sees_damage(reader: dict[str, Callable[..., Any]]) -> None:
     raw = noise(64)
     content = chunk.encode(raw, 4).tobytes()
@@ -260,7 +304,7 @@ def test_each_table_names_the_members_that_there_are_in_their_order(title: str) 
 @pytest.mark.parametrize("title", STRUCTS)
 def test_each_table_says_which_members_are_optional(title: str) -> None:
     optional = {row[0].strip("`") for row in rows(title) if "optional" in row[1]}
-    assert optional == ({"offset"} if title == "Segments" else set())
+    assert optional == {"Segments": {"offset"}, "Chunk references": {"base"}}.get(title, set())
 
 
 @pytest.mark.parametrize("title", DECODERS)
@@ -273,7 +317,7 @@ def test_each_example_is_read_as_what_it_is_an_example_of(title: str) -> None:
 @pytest.mark.parametrize("title", DECODERS)
 def test_a_newer_version_is_unsupported_and_not_corrupt(title: str) -> None:
     with pytest.raises(UnsupportedFormatError):
-        DECODERS[title](sealed_example(title, format=format.FORMAT_VERSION + 1, new="member"))
+        DECODERS[title](sealed_example(title, format=format.DELTA_FORMAT_VERSION + 1, new="member"))
 
 
 @pytest.mark.parametrize("title", DECODERS)
@@ -362,6 +406,8 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert limits["raw bytes of a chunk"] == "2**30"
     assert format.MAX_CHUNK_BYTES == 2**30
     assert limits["length of a chunk object"] == f"its raw bytes and {chunk._HEADER.size + 4 * chunk._PLANE.size}"
+    assert limits["length of a delta object"] == f"its raw bytes and {format.MAX_OVERHEAD_BYTES + chunk._BASE.size}"
+    assert limits["deltas one on another"] == str(format.MAX_DELTA_DEPTH)
     assert limits["step"] == "2**63-1"
     assert format.MAX_STEP == 2**63 - 1
     assert limits["length of a run's name"] == "128"
@@ -380,7 +426,9 @@ def test_the_limits_are_those_of_the_code() -> None:
 
 def test_the_keys_are_those_of_the_code() -> None:
     digest = chunk.digest(b"x")
-    forms = dict(zip(("marker", "chunk", "manifest", "session", "condemned"), names(rows("Keys")), strict=True))
+    forms = dict(
+        zip(("marker", "chunk", "delta", "manifest", "session", "condemned"), names(rows("Keys")), strict=True)
+    )
     parts = {
         "aa": digest[:2],
         "digest": digest,
@@ -393,6 +441,7 @@ def test_the_keys_are_those_of_the_code() -> None:
     assert made == {
         "marker": format.MARKER_KEY,
         "chunk": format.chunk_key(digest, SAVE),
+        "delta": format.chunk_key(digest, SAVE, is_delta=True),
         "manifest": format.manifest_key("a", 7, SAVE),
         "session": format.session_key(SAVE),
         "condemned": format.condemned_key(SAVE),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from ckptstore.deltas import Held
 from ckptstore.errors import ConflictError, FencedError, UnavailableError
 from ckptstore.format import ManifestKey, chunk_key, condemned_key, manifest_key, session_key
 from ckptstore.manifest import ChunkRef, Condemned, Ended, Manifest, Session, Writer, decode_manifest, encode
@@ -21,6 +22,7 @@ from ckptstore.protocol import (
     SaveRequest,
     Sync,
     Upload,
+    Uploaded,
     current,
     delete,
     save,
@@ -81,6 +83,7 @@ class Model:
         self.content: dict[str, bytes] = {}
         self.done: list[str] = []
         self.uploaded: list[str] = []
+        self.bases: dict[str, Held] = {}
         self.fail: type[Operation] | None = None
 
     def hold(self, *values: Manifest | Ended) -> None:
@@ -122,10 +125,11 @@ class Model:
                 self.content[session_key(session.save)] = encode(session)
             case Close(name):
                 self.content.pop(session_key(name), None)
-            case Upload(name, digests):
+            case Upload(name, digests, bases):
                 self.uploaded += digests
-                self.content |= {chunk_key(digest, name): b"7 bytes" for digest in digests}
-                return dict.fromkeys(digests, 7)
+                self.bases |= bases
+                self.content |= {chunk_key(digest, name, is_delta=digest in bases): b"7 bytes" for digest in digests}
+                return {digest: Uploaded(7, is_delta=digest in bases) for digest in digests}
             case Sync(_):
                 pass
         return None
