@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 import ckptstore
-from ckptstore.format import FORMAT_VERSION, MARKER_KEY
+from ckptstore.format import DELTA_FORMAT_VERSION, MARKER_KEY
 from ckptstore.manifest import Ended, Manifest, Marker, encode
 from ckptstore.objects.local import LocalObjects
 from ckptstore.writer import now_text
@@ -19,9 +19,9 @@ def make(root: Path) -> None:
     objects = LocalObjects(root)
     marker = Marker(store=uuid.uuid4().hex, created=now_text(), chunk_bytes=4096, small_bytes=1024)
     assert objects.create(MARKER_KEY, encode(marker))
-    run = ckptstore.Store(objects).run("run_1.a+b=c,d-e")
-    state = getattr(states, f"version_{FORMAT_VERSION}")()
-    run.save({"first": state["weights"]}, step=0)
+    run = ckptstore.Store(objects, codec="small").run("run_1.a+b=c,d-e")
+    state = getattr(states, f"version_{DELTA_FORMAT_VERSION}")()
+    run.save({"first": state["weights"], "moving": states.moving(0)}, step=0)
     run.save(state, step=7, metrics={"loss": 0.25, "bad": float("nan")}, metadata={"note": "golden", "sizes": [1, 2]})
     run.save({"gone": 1}, step=8)
     run.delete(8)
@@ -31,7 +31,7 @@ def make(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    place = Path(__file__).parent / f"v{FORMAT_VERSION}"
+    place = Path(__file__).parent / f"v{DELTA_FORMAT_VERSION}"
     if place.exists():
-        sys.exit(f"{place.name} exists: a golden store is never made again; raise FORMAT_VERSION first.")
+        sys.exit(f"{place.name} exists: a golden store is never made again; raise the version first.")
     make(place)

@@ -70,6 +70,18 @@ def version_1() -> dict[str, Any]:
     }
 
 
+def version_2() -> dict[str, Any]:
+    """What version 1 has, and numbers that move a little between the checkpoints."""
+    return {**version_1(), "moving": moving(1)}
+
+
+def moving(step: int) -> dict[str, torch.Tensor]:
+    """Numbers of each width at a step: of equal and of other value, up and down, around zero and the highest bit."""
+    dtypes = (torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.int64, torch.float64)
+    numbers = torch.arange(6000) * 7919 % 2003 - 1000
+    return {str(dtype).removeprefix("torch."): (numbers + step * (numbers % 3 - 1)).to(dtype) for dtype in dtypes}
+
+
 DTYPES = [
     torch.bool,
     torch.uint8,

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import ckptstore
-from ckptstore.format import FORMAT_VERSION
+from ckptstore.format import DELTA_FORMAT_VERSION
 from tests.golden import states
 from tests.strategies import assert_same
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-VERSIONS = range(1, FORMAT_VERSION + 1)
+VERSIONS = range(1, DELTA_FORMAT_VERSION + 1)
 RUN = "run_1.a+b=c,d-e"
 
 
@@ -46,6 +46,20 @@ def test_it_verifies_and_can_be_saved_into(golden: tuple[int, Path]) -> None:
     assert not report.unknown
     run = ckptstore.Store(root).run(RUN)
     saved = run.save(getattr(states, f"version_{version}")(), step=10)
-    if version == FORMAT_VERSION:
-        assert saved.new_bytes == 0  # chunks are named by what they hold, so nothing is uploaded again
+    assert saved.new_bytes == 0  # chunks are named by what they hold, so nothing is uploaded again
     assert_same(run.load(), run.load(7))
+
+
+def test_the_store_of_version_2_has_deltas_of_every_width() -> None:
+    run = ckptstore.Store(GOLDEN / "v2").run(RUN)
+    manifest = run.checkpoint(7)._manifest
+    assert manifest.format == 2
+    assert run.checkpoint(0)._manifest.format == 1
+    elements = {
+        segment.element
+        for segment in manifest.segments
+        for index in segment.chunks
+        if manifest.chunks[index].base is not None
+    }
+    assert elements == {1, 2, 4, 8}
+    assert_same(run.load(0)["moving"], states.moving(0))

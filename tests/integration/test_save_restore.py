@@ -414,9 +414,9 @@ def test_a_write_between_hash_and_encoding_is_seen(place: Objects, monkeypatch: 
     weight = torch.zeros(200, 200)
     encode = chunk.encode
 
-    def encode_after_a_write(raw: Any, element: int) -> Any:
+    def encode_after_a_write(*args: Any) -> Any:
         weight.add_(1)
-        return encode(raw, element)
+        return encode(*args)
 
     monkeypatch.setattr("ckptstore.performing.encode_chunk", encode_after_a_write)
     run = ckptstore.Store(place).run("run")

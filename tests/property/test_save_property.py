@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckptstore
+from ckptstore import chunk
 from ckptstore.format import DEFAULT_SMALL_BYTES
 from ckptstore.manifest import Marker, encode
 from ckptstore.objects.memory import MemoryObjects
@@ -17,13 +18,13 @@ from ckptstore.writer import now_text
 from tests.strategies import assert_same, state_trees, tensors
 
 
-def new_run(chunk_bytes: int, small_bytes: int) -> ckptstore.Run:
+def new_run(chunk_bytes: int, small_bytes: int, codec: Any = "fast") -> ckptstore.Run:
     """A run in a store with such sizes, so that small tensors take many chunks, or none is bundled."""
     MemoryFileSystem.store.clear()  # of the examples before: every listing looks at all that is in memory
     place = MemoryObjects(f"memory://{uuid.uuid4().hex}")
     marker = Marker(store=uuid.uuid4().hex, created=now_text(), chunk_bytes=chunk_bytes, small_bytes=small_bytes)
     assert place.create("ckptstore.json", encode(marker))
-    return ckptstore.Store(place).run("run")
+    return ckptstore.Store(place, codec=codec).run("run")
 
 
 SIZES = [(2**20, DEFAULT_SMALL_BYTES), (16, 8), (48, 1)]
@@ -39,6 +40,37 @@ def test_what_goes_in_comes_out(state: Any, sizes: tuple[int, int], in_backgroun
     again = run.save(found, step=2)
     assert again.new_bytes == 0
     assert again._manifest.content == saved._manifest.content
+
+
+@given(
+    first=st.lists(tensors(), min_size=1, max_size=4),
+    steps=st.lists(st.integers(0, 2**32), min_size=1, max_size=3),
+    sizes=st.sampled_from(SIZES),
+    codec=st.sampled_from(["none", "fast", "small"]),
+)
+def test_a_series_of_changing_tensors_comes_out(
+    first: list[torch.Tensor], steps: list[int], sizes: tuple[int, int], codec: str
+) -> None:
+    run = new_run(*sizes, codec)
+    states = [[tensor.detach().clone() for tensor in first]]
+    for seed in steps:
+        states.append([changed(tensor, seed) for tensor in states[-1]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk, "DELTA_PAYS", 100.0)  # a delta wherever there is a base
+        for number, state in enumerate(states):
+            run.save(state, step=number)
+    for number, state in enumerate(states):
+        assert_same(run.load(number), state)
+
+
+def changed(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """The same dtype and shape with some bytes other than they were."""
+    if tensor.dtype is torch.bool:
+        return ~tensor
+    raw = tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(-1, 2, raw.shape, generator=generator).to(torch.uint8)
+    return (raw + steps).view(tensor.dtype).view(tensor.shape)
 
 
 @given(saved=st.lists(tensors(), min_size=1, max_size=4), data=st.data())

@@ -439,3 +439,66 @@ def test_the_content_digest_changes_with_tree_segments_and_chunks_and_with_nothi
         content_digest(TREE, value.segments, digests[::-1]),
     }
     assert len(others | {same}) == 5
+
+
+# ---- deltas
+
+
+def delta_manifest(*bases: int | None, raw: int = 8, **changes: Any) -> Manifest:
+    """Chunk i stands on chunk bases[i]; the first two hold the segments."""
+    refs = [
+        ChunkRef(digest=f"{number:064x}", save=SAVE, raw=raw if number != 1 else 4, stored=45, base=base)
+        for number, base in enumerate(bases)
+    ]
+    return manifest(chunks=refs, **({"format": 2} | changes))
+
+
+def read(value: Manifest) -> Manifest | Ended:
+    return decode_manifest(encode(value), KEY)
+
+
+def test_a_manifest_with_deltas_comes_back_as_it_was_and_says_that_it_is_of_version_2() -> None:
+    value = delta_manifest(2, None, 3, None)
+    assert read(value) == value
+    assert b'{"format":2,' in encode(value)
+    assert [ref.key.split("/")[0] for ref in value.chunks] == ["deltas", "chunks", "deltas", "chunks"]
+    assert [ref.digest[-1] for ref in value.chain(0)] == ["3", "2", "0"]
+    assert [ref.digest[-1] for ref in value.chain(1)] == ["1"]
+
+
+def test_the_tensors_that_need_a_base_are_those_of_all_that_stands_on_it() -> None:
+    value = delta_manifest(2, None, 3, None)
+    assert value.paths_of_chunk(3) == value.paths_of_chunk(2) == value.paths_of_chunk(0) == ["w"]
+    assert value.paths_of_chunk(1) == ["w", "b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (delta_manifest(2, None, None, format=1), "names a delta and says that its format is 1"),
+        (delta_manifest(7, None, None), "the base of chunk 0 is not listed"),
+        (delta_manifest(1, None), "the base of chunk 0 is not listed, or of another length"),
+        (delta_manifest(0, None), "more than 64 deltas"),
+        (delta_manifest(2, None, 3, 2), "more than 64 deltas"),
+        (delta_manifest(2, None, *range(3, 67), None), "more than 64 deltas"),
+        (delta_manifest(66, None, None, *range(2, 66)), "more than 64 deltas"),
+    ],
+    ids=["version", "unlisted", "length", "itself", "circle", "deep", "deep-backwards"],
+)
+def test_bases_that_make_no_sense_are_corrupt(value: Manifest, message: str) -> None:
+    with pytest.raises(CorruptError, match=message):
+        read(value)
+
+
+def test_as_many_deltas_as_are_allowed_may_stand_one_on_another() -> None:
+    for value in (delta_manifest(2, None, *range(3, 66), None), delta_manifest(65, None, None, *range(2, 65))):
+        assert read(value) == value
+        assert len(value.chain(0)) == 65
+
+
+def test_a_condemned_list_that_names_a_delta_says_that_it_is_of_version_2() -> None:
+    key = f"deltas/11/{DIGEST}.{SAVE}"
+    value = Condemned(format=2, collection=SAVE, reason="corrupt", created=TIME, keys=[key])
+    assert decode_condemned(encode(value), condemned_key(SAVE)) == value
+    with pytest.raises(CorruptError, match="names a delta and says that its format is 1"):
+        decode_condemned(encode(msgspec.structs.replace(value, format=1)), condemned_key(SAVE))

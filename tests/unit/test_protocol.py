@@ -8,7 +8,7 @@ import pytest
 from ckptstore.deltas import Held
 from ckptstore.errors import ConflictError, FencedError, UnavailableError
 from ckptstore.format import ManifestKey, chunk_key, condemned_key, manifest_key, session_key
-from ckptstore.manifest import ChunkRef, Condemned, Ended, Manifest, Session, Writer, decode_manifest, encode
+from ckptstore.manifest import ChunkRef, Condemned, Ended, Manifest, Segment, Session, Writer, decode_manifest, encode
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol import (
     Candidate,
@@ -444,3 +444,103 @@ def test_a_session_says_who_saves_what() -> None:
         operation = steps.send(model.do(operation))
     session: Session = operation.session
     assert (session.run, session.step, session.save, session.writer, session.beat) == ("run", 5, save_id(9), WRITER, 0)
+
+
+# ---- deltas
+
+BASE = "e" * 64
+
+
+def tensor(segment: int) -> dict[str, Any]:
+    return {"$": "tensor", "dtype": "uint8", "shape": [100], "segment": segment}
+
+
+def with_deltas(**changes: Any) -> SaveRequest:
+    """The same two tensors as in `newest`, with other content."""
+    given: dict[str, Any] = {
+        "tree": {"a": tensor(0), "b": tensor(1)},
+        "segments": [Segment(bytes=100, element=1, chunks=[0]), Segment(bytes=100, element=1, chunks=[1])],
+        "chunks": {A: 100, B: 100},
+        "deltas": True,
+    }
+    return request(**(given | changes))
+
+
+def newest(*chunks: ChunkRef) -> Manifest:
+    given = with_deltas()
+    return manifest(1, format=2, tree=given.tree, segments=given.segments, chunks=list(chunks))
+
+
+def ref(digest: str, base: int | None = None) -> ChunkRef:
+    return ChunkRef(digest=digest, save=save_id(1), raw=100, stored=10, base=base)
+
+
+C, D = "c" * 64, "d" * 64
+
+
+def test_new_chunks_may_stand_on_those_of_the_newest_checkpoint() -> None:
+    model = Model()
+    model.hold(newest(ref(C), ref(D)))
+    saved = model.perform(save(with_deltas()))
+    assert {name: base.digest for name, base in model.bases.items()} == {A: C, B: D}
+    assert [(each.digest, each.base) for each in saved.chunks] == [(A, 2), (B, 3), (C, None), (D, None)]
+    assert saved.format == 2
+    assert (saved.new_bytes, saved.stored_bytes) == (14, 34)
+    assert decode_manifest(model.content[str(saved.key)], saved.key) == saved
+
+
+def test_without_deltas_no_chunk_stands_on_another_and_old_readers_can_read_it() -> None:
+    model = Model()
+    model.hold(newest(ref(C), ref(D)))
+    saved = model.perform(save(with_deltas(deltas=False)))
+    assert model.bases == {}
+    assert saved.format == 1
+
+
+def test_a_condemned_chunk_is_no_base() -> None:
+    model = Model()
+    model.hold(newest(ref(C), ref(D)))
+    model.condemn(chunk_key(C, save_id(1)))
+    model.perform(save(with_deltas()))
+    assert list(model.bases) == [B]
+
+
+def test_where_a_condemned_list_cannot_be_read_there_are_no_bases() -> None:
+    model = Model()
+    model.hold(newest(ref(C), ref(D)))
+    model.condemn(chunk_key(C, save_id(1)))
+    model.content[condemned_key(save_id(77))] += b"x"
+    model.perform(save(with_deltas()))
+    assert model.bases == {}
+
+
+def test_a_delta_is_taken_up_with_what_it_stands_on() -> None:
+    model = Model()
+    model.hold(newest(ref(A, base=2), ref(D), ref(BASE)))
+    saved = model.perform(save(with_deltas(deltas=False)))
+    assert model.uploaded == [B]
+    assert [(each.digest, each.save, each.base) for each in saved.chunks] == [
+        (A, save_id(1), 2),
+        (B, save_id(9), None),
+        (BASE, save_id(1), None),
+    ]
+    assert saved.format == 2
+
+
+@pytest.mark.parametrize("condemned", [chunk_key(BASE, save_id(1)), chunk_key(A, save_id(1), is_delta=True)])
+def test_a_delta_is_not_taken_up_if_it_or_what_it_stands_on_is_condemned(condemned: str) -> None:
+    model = Model()
+    model.hold(newest(ref(A, base=2), ref(D), ref(BASE)))
+    model.content[condemned_key(save_id(77))] = encode(
+        Condemned(format=2, collection=save_id(77), reason="unreferenced", created=NOW, keys=[condemned])
+    )
+    model.perform(save(with_deltas(deltas=False)))
+    assert model.uploaded == [A, B]
+
+
+def test_a_delta_in_a_listing_is_not_taken_up() -> None:
+    """Only a manifest says what it stands on."""
+    model = Model()
+    model.content[chunk_key(A, save_id(3), is_delta=True)] = b"12345"
+    model.perform(save(with_deltas()))
+    assert model.uploaded == [A, B]
