@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import background, memory, profile, resave, restore, save, states, stored
+from benchmarks import background, memory, profile, resave, restore, save, series, states, stored
 from benchmarks.timing import Report
 
 Ask = Callable[[Path, int], Report]
@@ -23,6 +23,7 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "resave": (resave.ask, 5),
     "async": (background.ask, 7),
     "memory": (memory.ask, 1),
+    "series": (series.ask, 3),
 }
 
 

@@ -24,7 +24,8 @@ from ckptstore.errors import (
     UnavailableError,
     UnsupportedFormatError,
 )
-from ckptstore.store import Run, Store
+from ckptstore.run import Run
+from ckptstore.store import Store
 
 if TYPE_CHECKING:
     from ckptstore.rng import RngState

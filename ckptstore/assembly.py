@@ -16,7 +16,7 @@ from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError,
 from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest
 from ckptstore.objects.base import Objects
-from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Stage, staged, worker_threads
+from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Stage, staged
 from ckptstore.skeleton import TensorNode, contiguous_stride
 from ckptstore.tree import TORCH_DTYPES
 
@@ -79,11 +79,12 @@ class Assembly:
         """Let the segment of `node` be written straight into `memory`, which is exactly as long."""
         self._memory[node.segment] = memory
 
-    def fill(self, objects: Objects, progress: Callable[[int], None] | None = None) -> None:
+    def fill(self, objects: Objects, threads: int, progress: Callable[[int], None] | None = None) -> None:
         """Fetch, verify and write every wanted segment.
 
         Args:
             objects: where the chunks are.
+            threads: how many decode.
             progress: called with the stored bytes of each chunk that is done.
 
         Raises:
@@ -108,10 +109,10 @@ class Assembly:
         jobs = self._jobs()
         compiled.expect(sum(len(job.chain) * job.raw for job in jobs))
         if objects.gets_wait:
-            stages = [Stage(fetch, objects.request_threads), Stage(write, worker_threads())]
+            stages = [Stage(fetch, objects.request_threads), Stage(write, threads)]
         else:
             # On one thread a chunk is still in its cache when it is decoded, and its memory is used for the next one.
-            stages = [Stage(lambda job: write(fetch(job)), worker_threads())]
+            stages = [Stage(lambda job: write(fetch(job)), threads)]
         staged(
             jobs,
             stages,

@@ -5,7 +5,7 @@ What to do in which order is protocol.py's. Needs no torch: chunks are anything 
 
 import contextlib
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -22,7 +22,7 @@ from ckptstore.format import chunk_key, session_key
 from ckptstore.kernels import ByteArray
 from ckptstore.manifest import Session, encode
 from ckptstore.objects.base import ObjectInfo, Objects
-from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Stage, each, staged, worker_threads
+from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Progress, Stage, each, staged
 
 BEAT_SECONDS = 20.0
 
@@ -51,11 +51,26 @@ class RawChunk(Protocol):
 class Performer:
     """Carries the protocol's operations out on a backend."""
 
-    def __init__(self, objects: Objects, chunks: Mapping[str, RawChunk] | None = None, codec: Codec = "fast") -> None:
-        """`chunks`: what `protocol.Upload` may ask for, by digest."""
+    def __init__(
+        self,
+        objects: Objects,
+        chunks: Mapping[str, RawChunk] | None = None,
+        codec: Codec = "fast",
+        threads: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
+        """What uploads need.
+
+        chunks: what `protocol.Upload` may ask for, by digest.
+        codec: how to encode them.
+        threads: how many to encode with.
+        progress: called with the raw bytes of the chunks put so far, and of those to be put in all.
+        """
         self._objects = objects
         self._chunks = chunks or {}
-        self._codec = codec
+        self._codec: Codec = codec
+        self._threads = threads
+        self._progress = progress
         self.damaged: list[CorruptError] = []
         """Bases that turned out corrupt or missing; what was to stand on them was stored in full."""
         self._heart: _Heart | None = None
@@ -129,17 +144,30 @@ class Performer:
             return protocol.Uploaded(len(content), is_delta)
 
         if bases and self._objects.gets_wait:
-            stages = [Stage(fetched, self._objects.request_threads), Stage(encoded, worker_threads())]
+            stages = [Stage(fetched, self._objects.request_threads), Stage(encoded, self._threads)]
         else:
-            stages = [Stage(lambda name: encoded(fetched(name)), worker_threads())]
+            stages = [Stage(lambda name: encoded(fetched(name)), self._threads)]
         uploaded = staged(
             digests,
             [*stages, Stage(put, self._objects.request_threads)],
             # The raw bytes if they had to be copied, the planes, the object; of a base its object and its raw bytes.
             weigh=lambda name: (5 if name in bases else 3) * self._chunks[name].raw_bytes,
             max_inflight_bytes=MAX_INFLIGHT_BYTES,
+            done=self._counted(digests),
         )
         return dict(zip(digests, uploaded, strict=True))
+
+    def _counted(self, digests: Sequence[str]) -> Callable[[str], None] | None:
+        if (progress := self._progress) is None:
+            return None
+        total, put = sum(self._chunks[name].raw_bytes for name in digests), 0
+
+        def count(name: str) -> None:
+            nonlocal put
+            put += self._chunks[name].raw_bytes
+            progress(put, total)
+
+        return count
 
     def _base(self, held: Held, content: bytes | None) -> Base | None:
         """The verified bytes of a base; None if it is damaged, which is no reason for a save to fail."""

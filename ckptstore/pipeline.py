@@ -5,7 +5,9 @@ Plain threads rather than `concurrent.futures`, whose pools take no work once th
 in the background has to be finished just then.
 """
 
+import contextlib
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +16,8 @@ from typing import Any, Generic, TypeVar
 
 MAX_INFLIGHT_BYTES = 256 * 2**20
 """What a save or restore holds at most beyond the state itself."""
+
+BACKGROUND_NICENESS = 10
 
 Progress = Callable[[int, int], None]
 """What callers may pass to watch: called with the bytes done so far and those to be done in all."""
@@ -27,6 +31,23 @@ def worker_threads() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
     return max(1, min(16, cores))
+
+
+def background_threads() -> int:
+    """How many of them to use beside a training: a quarter, so that it keeps its cores."""
+    return max(1, worker_threads() // 4)
+
+
+def give_way() -> None:
+    """Lower the priority of this thread and of those that it will start, for good: the training's come first.
+
+    Only Linux has priorities of threads. Measured on two cores: a step of training takes 1.2 times as long beside a
+    save that gives way, and 1.6 to 1.9 times beside one that does not.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + BACKGROUND_NICENESS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def export_file(
     manifest: Manifest,
     path: str | os.PathLike[str],
     *,
+    threads: int,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -87,11 +88,11 @@ def export_file(
         _require_safetensors()
         names = _names(manifest)
         _check_dtypes(manifest, names)
-        found = _filled(objects, manifest, progress)
+        found = _filled(objects, manifest, threads, progress)
         _write(file, lambda temporary: _write_safetensors(temporary, found, names), overwrite=overwrite)
         return
     _check_torch_has_dtypes(manifest)
-    found = _filled(objects, manifest, progress)
+    found = _filled(objects, manifest, threads, progress)
     # Values of registered types as the plain trees that they were saved as: their pickles would run code.
     state = unflatten(manifest.tree, lambda node, _: found.value(node), manifest.segment_bytes, describe=True)
     _write(file, lambda temporary: _write_torch(temporary, state), overwrite=overwrite)
@@ -194,7 +195,7 @@ def _explained(action: str, file: Path) -> Iterator[None]:
 # ---- from the store
 
 
-def _filled(objects: Objects, manifest: Manifest, progress: Progress | None) -> Assembly:
+def _filled(objects: Objects, manifest: Manifest, threads: int, progress: Progress | None) -> Assembly:
     """Every tensor of the checkpoint in memory, verified."""
     assembly = Assembly(manifest)
     for _, node in tensors(manifest.tree, manifest.segment_bytes):
@@ -208,7 +209,7 @@ def _filled(objects: Objects, manifest: Manifest, progress: Progress | None) -> 
             progress(read, total)
 
     try:
-        assembly.fill(objects, count)
+        assembly.fill(objects, threads, count)
     except CorruptError as error:
         condemn_corrupt(objects, error)
         raise

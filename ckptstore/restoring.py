@@ -32,7 +32,13 @@ class Restored:
 
 
 def load(
-    objects: Objects, manifest: Manifest, *, only: str | None, device: "torch.device | str", progress: Progress | None
+    objects: Objects,
+    manifest: Manifest,
+    *,
+    only: str | None,
+    device: "torch.device | str",
+    threads: int,
+    progress: Progress | None,
 ) -> Any:
     """The tree of a checkpoint, or the part of it at the path `only`. Raises CorruptError, NotFoundError."""
     node = manifest.tree if only is None else find(manifest.tree, only)
@@ -42,7 +48,7 @@ def load(
     for _, tensor in tensors(node, lengths, path):
         assembly.want(tensor)
     try:
-        assembly.fill(objects, _counted(assembly, progress))
+        assembly.fill(objects, threads, _counted(assembly, progress))
     except CorruptError as error:
         condemn_corrupt(objects, error)
         raise retold(
@@ -60,6 +66,7 @@ def restore(
     *,
     step: int | None,
     strict: bool,
+    threads: int,
     progress: Progress | None,
 ) -> Restored | None:
     """Restore the newest checkpoint that verifies (or the one of `step`) into `destination`; None if there is none.
@@ -83,7 +90,7 @@ def restore(
                 placement.matched.check(found, strict=strict)
                 target.require_all_overwritten(placement)
                 target.begin(placement)
-                placement.assembly.fill(objects, _counted(placement.assembly, progress))
+                placement.assembly.fill(objects, threads, _counted(placement.assembly, progress))
             except CorruptError as error:
                 condemn_corrupt(objects, error)
                 damage.append(error)

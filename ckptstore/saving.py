@@ -16,7 +16,7 @@ from ckptstore.manifest import Manifest, Marker, content_digest, encode
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import self_test
 from ckptstore.performing import Performer
-from ckptstore.pipeline import worker_threads
+from ckptstore.pipeline import Progress
 from ckptstore.tree import flatten
 from ckptstore.writer import now_text, this_writer
 
@@ -77,13 +77,24 @@ def _small_values(values: Mapping[str, Any] | None, name: str) -> Any:
 
 
 def save(
-    objects: Objects, run: str, step: int, snapshot: Snapshot, *, replace: bool, codec: Codec = "fast"
+    objects: Objects,
+    run: str,
+    step: int,
+    snapshot: Snapshot,
+    *,
+    replace: bool,
+    codec: Codec,
+    threads: int,
+    progress: Progress | None = None,
 ) -> Manifest:
-    """Save a snapshot as `step` of `run`; return the manifest that stands for it. Raises as `protocol.save` does."""
+    """Save a snapshot as `step` of `run`; return the manifest that stands for it. Raises as `protocol.save` does.
+
+    progress: called with the raw bytes uploaded so far and those to be uploaded in all.
+    """
     marker = ensure_store(objects)
     layout = segments.cut(snapshot.sources, chunk_bytes=marker.chunk_bytes, small_bytes=marker.small_bytes)
     compiled.expect(layout.raw_bytes)
-    segment_table, distinct = layout.segments(layout.digests(threads=worker_threads()))
+    segment_table, distinct = layout.segments(layout.digests(threads=threads))
     for attempt in range(FENCED_TRIES):
         request = protocol.SaveRequest(
             run=run,
@@ -101,7 +112,7 @@ def save(
             replace=replace,
             deltas=codec == "small",
         )
-        performer = Performer(objects, distinct, codec)
+        performer = Performer(objects, distinct, codec, threads, progress)
         try:
             return performer.perform(protocol.save(request))
         except FencedError:

@@ -4,6 +4,7 @@ A segment is a run of bytes that one tensor, or several that overlap in memory, 
 once and come back tied. Long segments are cut into chunks, short ones are packed together into bundles.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ BUNDLE_BYTES = 2**20
 """Bundles are closed at this size: large enough for few objects, small enough that a change of one tensor of many
 does not store much again."""
 
+_ALIGNMENT = 64
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -45,15 +47,13 @@ class Source:
             return cast(ByteArray, self.flat[start:stop].cpu().numpy())
         return self.flat[start:stop]
 
-    def detach(self) -> None:
-        """Go on with a copy in host memory, so that the state may change."""
-        if not self.private:
-            copy = np.empty(self.bytes, np.uint8)
-            if isinstance(self.flat, torch.Tensor):
-                torch.from_numpy(copy).copy_(self.flat)
-            else:
-                copy[:] = self.flat
-            self.flat, self.private = copy, True
+    def move_to(self, memory: ByteArray) -> None:
+        """Go on with a copy in `memory`, which is as long and nobody else's, so that the state may change."""
+        if isinstance(self.flat, torch.Tensor):
+            torch.from_numpy(memory).copy_(self.flat)
+        else:
+            memory[:] = self.flat
+        self.flat, self.private = memory, True
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,27 @@ class Layout:
         return segments, distinct
 
 
-def detach(sources: Sequence[Source], *, threads: int) -> None:
-    """Copy everything that the caller could still change into host memory."""
-    each(Source.detach, sources, threads=threads)
+class Room:
+    """Host memory for the copy of a state, used again for the next one: new memory costs more than the copy does.
+
+    One copy at a time: the next one overwrites it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: ByteArray = np.empty(0, np.uint8)
+
+    def detach(self, sources: Sequence[Source], *, threads: int) -> None:
+        """Copy everything that the caller could still change into this room, and let `sources` go on with that."""
+        changing = [source for source in sources if not source.private]
+        starts = [0, *itertools.accumulate(source.bytes + -source.bytes % _ALIGNMENT for source in changing)]
+        needed = starts.pop()
+        if not needed <= len(self._memory) <= 2 * needed:
+            self._memory = np.empty(0, np.uint8)  # freed first: there is never memory for two copies
+            self._memory = np.empty(needed, np.uint8)
+        pairs = [
+            (source, self._memory[start : start + source.bytes]) for source, start in zip(changing, starts, strict=True)
+        ]
+        each(lambda pair: pair[0].move_to(pair[1]), pairs, threads=threads)
 
 
 def cut(sources: list[Source], *, chunk_bytes: int, small_bytes: int) -> Layout:

@@ -63,5 +63,8 @@ class Objects(abc.ABC):
     def delete(self, key: str) -> None:
         """Remove `key`; that it is not there is fine."""
 
+    def connect(self) -> None:  # noqa: B027  most backends need nothing here
+        """Make what connections and threads it keeps, if there are none yet; asks for nothing."""
+
     def sync(self, keys: Iterable[str]) -> None:  # noqa: B027  most backends need nothing here
         """Return when the objects at `keys`, put before or by others, survive a power loss; at once, by default."""

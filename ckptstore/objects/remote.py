@@ -204,6 +204,11 @@ class FsspecObjects(Objects):
             text = self._told(error)
             raise UnavailableError(f"cannot use {self.url}: storage_options are not accepted: {text}") from error
 
+    def connect(self) -> None:
+        """Make the file system, whose event loop has a thread of its own."""
+        with self._explained("use", ""):
+            self._connected()
+
     def _pipe(self, key: str, body: bytes | bytearray, **options: Any) -> None:
         connection = self._connected()
         path = f"{connection.root}/{key}"

@@ -62,6 +62,10 @@ class _Passing(Objects):
         """Pass it on."""
         self._pass(Call("delete", key), lambda: self.inner.delete(key))
 
+    def connect(self) -> None:
+        """Pass it on, unseen: it asks for nothing."""
+        self.inner.connect()
+
     def sync(self, keys: Iterable[str]) -> None:
         """Pass it on."""
         wanted = list(keys)

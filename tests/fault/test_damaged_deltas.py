@@ -117,12 +117,16 @@ def test_damage_of_any_byte_is_seen_in_every_checkpoint_that_needs_it(
         assert caught.value.key == key
 
 
+@pytest.mark.parametrize("position", [90, -1], ids=["in-a-raw-plane", "at-the-end"])
 def test_a_save_that_finds_its_base_damaged_stores_in_full_and_says_so(
-    store: DeltaStore, monkeypatch: pytest.MonkeyPatch
+    store: DeltaStore, monkeypatch: pytest.MonkeyPatch, position: int
 ) -> None:
     monkeypatch.setattr(chunk, "DELTA_PAYS", 100.0)
     key = store.keys(2, "chunks/")[0]
-    store.place.put(key, store.content[key][:-1] + b"x")
+    content = bytearray(store.content[key])
+    assert (content[11], content[40]) == (3, 0)  # three planes, the first of them raw: only the digest covers that
+    content[position] ^= 1
+    store.place.put(key, bytes(content))
     with pytest.warns(CheckpointWarning, match=rf"earlier checkpoints .* are damaged: {key}"):
         saved = store.run.save(state(4), step=4)
     refs = saved._manifest.chunks

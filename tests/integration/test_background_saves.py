@@ -192,6 +192,115 @@ def test_an_error_that_nobody_asked_for_is_raised_by_the_next_save(place: Object
     assert store.run("run").save({"x": torch.zeros(3)}, step=2).step == 2
 
 
+def test_a_save_while_another_is_under_way_waits_for_it_or_is_skipped(place: Objects) -> None:
+    slow = Slow(place)
+    run = ckptstore.Store(slow).run("run")
+    first = run.save_async({"x": torch.ones(3)}, step=1)
+    assert run.save_async({"x": torch.zeros(3)}, step=2, if_busy="skip") is first
+    slow.go.set()
+    first.result()
+    third = run.save_async({"x": torch.zeros(3)}, step=3, if_busy="skip")
+    assert third.result().step == 3
+    assert run.steps() == [1, 3]
+
+
+def test_the_error_of_the_save_before_is_raised_and_not_skipped(place: Objects) -> None:
+    run = ckptstore.Store(FailingObjects(place, fail_at=6)).run("run")
+    pending = run.save_async({"x": torch.ones(3)}, step=1)
+    while not pending.done():
+        pass
+    with pytest.raises(ckptstore.UnavailableError, match="step 1 of run 'run' failed in the background"):
+        run.save_async({"x": torch.ones(3)}, step=2, if_busy="skip")
+
+
+def test_another_policy_is_refused(place: Objects) -> None:
+    with pytest.raises(ckptstore.InvalidInputError, match="if_busy must be 'wait' or 'skip', not 'queue'"):
+        ckptstore.Store(place).run("run").save_async({}, step=1, if_busy="queue")  # type: ignore[arg-type]
+
+
+def test_the_memory_of_a_copy_is_used_again_by_the_next_save_of_the_run(place: Objects) -> None:
+    store = ckptstore.Store(place)
+    model = torch.nn.Linear(300, 300)
+    places = set()
+    for step in range(4):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        store.run("run").save_async({"model": model}, step=step).result()
+        room = store.run("run")._shared.room
+        assert room is not None
+        places.add(room._memory.ctypes.data)
+    assert len(places) == 1
+    for step in range(4):
+        assert store.run("run").load(step, only="model.weight").unique().tolist() == [step]
+
+
+def test_a_room_that_is_far_too_large_is_given_back() -> None:
+    room = segments.Room()
+
+    def copied(count: int) -> int:
+        source = segments.Source(np.full(count, 7, np.uint8), 1, private=False)
+        room.detach([source], threads=1)
+        assert source.private
+        assert bytes(source.flat[:3]) == b"\7\7\7"
+        return len(room._memory)
+
+    assert copied(1000) == 1024
+    assert copied(600) == 1024
+    assert copied(100) == 128
+    assert copied(3000) == 3008
+
+
+def test_copies_of_several_tensors_do_not_overlap() -> None:
+    sources = [segments.Source(np.full(size, size, np.uint8), 1, private=size == 70) for size in (3, 64, 0, 70, 65)]
+    private = sources[3].flat
+    segments.Room().detach(sources, threads=2)
+    assert [bytes(source.flat) for source in sources] == [bytes([size]) * size for size in (3, 64, 0, 70, 65)]
+    assert sources[3].flat is private
+    assert all(source.private for source in sources)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_a_save_in_the_background_gives_way_to_the_training_and_no_other_thread_does(place: Objects) -> None:
+    priorities: dict[str, int] = {}
+
+    class Watching(RecordingObjects):
+        def connect(self) -> None:
+            priorities["connect"] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+        def put(self, key: str, content: Any) -> None:
+            if key.startswith("chunks/"):
+                priorities["put"] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            super().put(key, content)
+
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    run = ckptstore.Store(Watching(place)).run("run")
+    run.save_async({"x": torch.ones(3)}, step=1).result()
+    assert priorities == {"connect": before, "put": min(before + 10, 19)}
+    run.save({"x": torch.zeros(3)}, step=2)
+    assert priorities["put"] == before
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+def test_progress_is_told_of_what_is_uploaded_and_of_nothing_if_nothing_is(place: Objects) -> None:
+    run = ckptstore.Store(place).run("run")
+    state = {"a": torch.arange(40_000), "b": torch.ones(40_000), "small": torch.ones(3)}
+    told: list[tuple[int, int]] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+
+    run.save(state, step=1, progress=tell)
+    assert told[-1] == (480_012, 480_012)
+    assert told == sorted(told)
+    told.clear()
+    state["a"] = state["a"] + 1
+    run.save_async(state, step=2, progress=tell).result()
+    assert told == [(320_000, 320_000)]
+    told.clear()
+    run.save(state, step=3, progress=tell)
+    assert told == []
+
+
 def test_failed_saves_do_not_keep_their_copies(place: Objects) -> None:
     class Down(RecordingObjects):
         def create(self, key: str, content: Any) -> bool:

@@ -164,7 +164,7 @@ def test_a_checkpoint_of_a_newer_version_is_an_error_and_no_reason_to_go_back(pl
     run = ckptstore.Store(place).run("run")
     run.save({"x": torch.ones(2)}, step=1)
     key = f"runs/run/{2:020d}.{new_save_id()}.json"
-    place.put(key, seal(b'{"format":2,"state":"committed"}', min_bytes=1024))
+    place.put(key, seal(b'{"format":3,"state":"committed"}', min_bytes=1024))
     for call in (run.load, run.latest, lambda: run.restore({"x": torch.zeros(2)})):
         with pytest.raises(ckptstore.UnsupportedFormatError, match="newer ckptstore"):
             call()

@@ -28,7 +28,8 @@ from ckptstore.errors import (
     UnavailableError,
     UnsupportedFormatError,
 )
-from ckptstore.store import Run, Store
+from ckptstore.run import Run
+from ckptstore.store import Store
 from ckptstore.tree import TORCH_DTYPES, register, registry
 
 FORMATS = ["safetensors", "pt"]
@@ -66,7 +67,7 @@ def there_and_back(run: Run, state: Any, file: Path, **saved: Any) -> tuple[Chec
     """Save `state`, export it, import it as another run; both checkpoints."""
     first = run.save(state, step=3, **saved)
     run.export(file)
-    return first, run._store.run("back").import_file(file, step=3)
+    return first, Store(run._objects).run("back").import_file(file, step=3)
 
 
 def skeleton(checkpoint: Checkpoint) -> Any:
@@ -105,7 +106,7 @@ def test_tensors_that_share_memory_share_it_again(run: Run, file: Path, ending: 
     tied = torch.nn.Parameter(torch.randn(4, 5))
     state = {"embed": tied, "head": tied, "part": base[2:9], "every_other": base[4:16:2], "turned": base.view(4, 5).t()}
     _, back = there_and_back(run, state, file.with_suffix(f".{ending}"))
-    loaded = run._store.run("back").load()
+    loaded = Store(run._objects).run("back").load()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     assert isinstance(loaded["head"], torch.nn.Parameter)
     assert loaded["embed"].untyped_storage().data_ptr() == loaded["head"].untyped_storage().data_ptr()
@@ -118,15 +119,15 @@ def test_views_with_overlaps_of_their_own_come_back(run: Run, file: Path) -> Non
     state = {"expanded": torch.ones(1).expand(5), "windows": torch.arange(6.0).unfold(0, 3, 1)}
     first, back = there_and_back(run, state, file)
     assert skeleton(back) == skeleton(first)
-    loaded = run._store.run("back").load()
+    loaded = Store(run._objects).run("back").load()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
 def test_empty_tensors_and_a_lone_tensor_come_back(run: Run, file: Path) -> None:
     first, back = there_and_back(run, torch.zeros(0, 3, requires_grad=True), file)
     assert skeleton(back) == skeleton(first)
-    run._store.run("lone").save(torch.tensor(2.5), step=3)
-    run._store.run("lone").export(file, overwrite=True)
+    Store(run._objects).run("lone").save(torch.tensor(2.5), step=3)
+    Store(run._objects).run("lone").export(file, overwrite=True)
     assert run.import_file(file, step=4).tensors()[""].shape == ()
     assert run.load(step=4) == 2.5
 
@@ -143,7 +144,7 @@ def test_all_containers_come_back_through_safetensors(run: Run, file: Path) -> N
 def test_paths_that_read_the_same_do_not_collide(run: Run, file: Path) -> None:
     state = {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}, "__metadata__": torch.ones(2)}
     there_and_back(run, state, file)
-    loaded = run._store.run("back").load()
+    loaded = Store(run._objects).run("back").load()
     assert loaded["a.b"] == 0
     assert loaded["a"]["b"] == 1
     assert sorted(load_file(file)) == ["__metadata__#2", "a.b", "a.b#2"]
@@ -159,7 +160,7 @@ def test_metrics_and_metadata_go_along_in_a_safetensors_file(run: Run, file: Pat
 def test_metrics_that_are_given_count_more_than_those_in_the_file(run: Run, file: Path) -> None:
     run.save({"w": torch.ones(1)}, step=3, metrics={"loss": 1.0}, metadata={"seed": 1})
     run.export(file)
-    back = run._store.run("back").import_file(file, step=9, metrics={"loss": 2.0})
+    back = Store(run._objects).run("back").import_file(file, step=9, metrics={"loss": 2.0})
     assert back.step == 9
     assert back.metrics == {"loss": 2.0}
     assert back.metadata == {"seed": 1}
@@ -191,7 +192,7 @@ def test_registered_types_need_not_be_known_to_move_a_checkpoint(
     run.save({"schedule": Schedule(torch.ones(2))}, step=3)
     registered()
     run.export(file)
-    back = run._store.run("back").import_file(file, step=3)
+    back = Store(run._objects).run("back").import_file(file, step=3)
     assert skeleton(back) == skeleton(run.checkpoint())
 
 
@@ -302,8 +303,8 @@ def test_arrays_that_torch_lacks_are_refused_by_safetensors_and_kept_by_pt(
         run.export(file)
     assert not any(file.parent.iterdir())
     run.export(file.with_suffix(".pt"))
-    run._store.run("back").import_file(file.with_suffix(".pt"), step=3)
-    loaded = run._store.run("back").load()["table"]
+    Store(run._objects).run("back").import_file(file.with_suffix(".pt"), step=3)
+    loaded = Store(run._objects).run("back").load()["table"]
     # Pickle, as torch.save uses it, turns numbers into this machine's byte order.
     assert loaded.dtype == array.dtype.newbyteorder("=")
     assert loaded.tolist() == array.tolist()
@@ -380,16 +381,16 @@ def test_a_changed_file_is_refused_and_nothing_saved(run: Run, file: Path, name:
     run.export(file)
     changed(file, CHANGES[name])
     with pytest.raises(InvalidInputError, match="not as ckptstore wrote it"):
-        run._store.run("back").import_file(file, step=3)
-    assert run._store.run("back").steps() == []
+        Store(run._objects).run("back").import_file(file, step=3)
+    assert Store(run._objects).run("back").steps() == []
 
 
 def test_changed_values_are_imported_as_they_are(run: Run, file: Path) -> None:
     run.save({"bias": torch.ones(2)}, step=3)
     run.export(file)
     changed(file, lambda document, tensors: tensors.update(bias=torch.full((2,), 5.0)))
-    run._store.run("back").import_file(file, step=3)
-    assert run._store.run("back").load()["bias"].tolist() == [5.0, 5.0]
+    Store(run._objects).run("back").import_file(file, step=3)
+    assert Store(run._objects).run("back").load()["bias"].tolist() == [5.0, 5.0]
 
 
 def test_a_file_of_a_newer_version_asks_for_it(run: Run, file: Path) -> None:
@@ -397,7 +398,7 @@ def test_a_file_of_a_newer_version_asks_for_it(run: Run, file: Path) -> None:
     run.export(file)
     changed(file, lambda document, tensors: document.update(version=2))
     with pytest.raises(UnsupportedFormatError, match="newer ckptstore"):
-        run._store.run("back").import_file(file, step=3)
+        Store(run._objects).run("back").import_file(file, step=3)
 
 
 # ---- a file is whole or absent

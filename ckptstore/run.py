@@ -1,0 +1,409 @@
+"""What people touch most: `Run`. Rooms that need torch are imported when a state is first saved or restored."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ckptstore import catalog, protocol
+from ckptstore import usage as usages
+from ckptstore.background import PendingSave
+from ckptstore.checkpoint import Checkpoint
+from ckptstore.chunk import Codec
+from ckptstore.errors import InvalidInputError
+from ckptstore.format import check_step
+from ckptstore.manifest import Manifest
+from ckptstore.objects.base import Objects
+from ckptstore.performing import Performer
+from ckptstore.pipeline import Progress, background_threads, give_way, worker_threads
+from ckptstore.writer import now_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckptstore import saving, segments
+
+__all__ = ["Run", "Shared"]
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all `Run` objects of one run and one `Store` share."""
+
+    turn: threading.RLock = field(default_factory=threading.RLock)
+    """Held by whoever saves."""
+    pending: PendingSave | None = None
+    """The last save in the background."""
+    room: "segments.Room | None" = None
+    """Where the copies of its states go."""
+
+
+class Run:
+    """The checkpoints of one training, by step. Made by `Store.run`."""
+
+    def __init__(self, objects: Objects, name: str, shared: Shared, *, codec: Codec, threads: int | None) -> None:
+        self.name = name
+        self._objects = objects
+        self._shared = shared
+        self._codec: Codec = codec
+        self._threads = threads or worker_threads()
+        self._background_threads = threads or background_threads()
+
+    def __repr__(self) -> str:
+        return f"Store({self._objects.url!r}).run({self.name!r})"
+
+    def save(
+        self,
+        state: Any,
+        *,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+        progress: Progress | None = None,
+    ) -> Checkpoint:
+        """Save a state; when this returns, it is durable and stays.
+
+        Only chunks that the store does not hold yet are uploaded. A process that is killed in here leaves the store
+        as it was. Saving the same state as the same step again returns the checkpoint that is there.
+
+        Args:
+            state: a tree of dicts, lists, tensors, numbers and so on (docs/reference/api.md lists them), and of objects
+                with `state_dict()` and `load_state_dict()`: modules, optimizers, schedulers, `RngState`.
+            step: a whole number from 0 to 2**63-1.
+            metrics: small values to show beside the step, such as `{"loss": 2.5}`. Where the step holds the same state
+                already, its own metrics and metadata stay, unless `replace` is given.
+            metadata: small values of your own, such as the configuration.
+            replace: put this state in the place of another one that was saved as the same step.
+            progress: called with the bytes uploaded so far and those to be uploaded in all, counted before they are
+                compressed, from any thread, one at a time. Not called if nothing is new.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            InvalidInputError: something in `state` cannot be saved, or `step` is no step; nothing was changed.
+            ConflictError: the step holds another state; nothing was changed.
+            UnavailableError: the backend failed after its own retries; no checkpoint was made, or the text says that
+                this is not known.
+            CorruptError, UnsupportedFormatError: the store's marker is damaged, or of a newer ckptstore.
+            CheckpointError: an earlier `save_async` of this run failed, and nobody had asked for its result.
+        """
+        from ckptstore import saving
+
+        number = check_step(step)
+        with self._turn():
+            snapshot = saving.take_apart(state, metrics, metadata)
+            return Checkpoint(self._saved(number, snapshot, replace, progress))
+
+    def save_async(
+        self,
+        state: Any,
+        *,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+        progress: Progress | None = None,
+        if_busy: Literal["wait", "skip"] = "wait",
+    ) -> PendingSave:
+        """Copy a state to host memory and return; a thread saves the copy while the training goes on.
+
+        One save of a run is under way at a time. The memory of the copy is used again for the next one, and kept as
+        long as the `Store` is.
+
+        Args:
+            state: as for `save`.
+            step: as for `save`.
+            metrics: as for `save`.
+            metadata: as for `save`.
+            replace: as for `save`.
+            progress: as for `save`.
+            if_busy: what to do if the save before this one is still under way: "wait" for it, or "skip" this one.
+
+        Returns:
+            The pending save: `result()` waits and gives the checkpoint, or raises what failed. If this one was skipped,
+            the one that is under way, as its `step` says.
+
+        Raises:
+            InvalidInputError: something in `state` cannot be saved, or an argument makes no sense.
+            CheckpointError: the save before this one failed, and nobody had asked for its result.
+        """
+        from ckptstore import saving, segments
+
+        if if_busy not in ("wait", "skip"):
+            raise InvalidInputError(f"if_busy must be 'wait' or 'skip', not {if_busy!r}.")
+        number = check_step(step)
+        earlier = self._shared.pending
+        if if_busy == "skip" and earlier is not None and not earlier.done():
+            return earlier
+
+        def work(copied: saving.Snapshot) -> Checkpoint:
+            self._objects.connect()  # before it gives way, as its threads serve all others too
+            give_way()
+            return Checkpoint(self._saved(number, copied, replace, progress, self._background_threads))
+
+        with self._turn():
+            snapshot = saving.take_apart(state, metrics, metadata)
+            self._shared.room = self._shared.room or segments.Room()
+            self._shared.room.detach(snapshot.sources, threads=self._threads)
+            pending = self._shared.pending = PendingSave(self.name, number, work, snapshot)
+        return pending
+
+    def _saved(
+        self,
+        step: int,
+        snapshot: "saving.Snapshot",
+        replace: bool,
+        progress: Progress | None = None,
+        threads: int | None = None,
+    ) -> Manifest:
+        from ckptstore import saving
+
+        return saving.save(
+            self._objects,
+            self.name,
+            step,
+            snapshot,
+            replace=replace,
+            codec=self._codec,
+            threads=threads or self._threads,
+            progress=progress,
+        )
+
+    def restore(
+        self, destination: Any, *, step: int | None = None, strict: bool = True, progress: Progress | None = None
+    ) -> Checkpoint | None:
+        """Put the newest checkpoint that verifies into `destination`, in place.
+
+        Every byte is compared with its digest. A checkpoint that is damaged is reported by a `CheckpointWarning`, and
+        the one before it is taken. What is not a tensor or an object with `load_state_dict()` cannot be filled in
+        place: take it from the result, `checkpoint.state["step"]`.
+
+        Args:
+            destination: the tree to fill, of the shape that was saved, or a part of it: `{"model": model}`.
+            step: restore this step, and raise if it is damaged.
+            strict: False leaves out keys of modules that differ, and lists them in the result.
+            progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
+
+        Returns:
+            The checkpoint that was restored; None if the run has none, or there is no store yet: a first start.
+
+        Raises:
+            InvalidInputError: the checkpoint does not fit the destination: one text lists all that differs. Nothing
+                was changed, unless the text says so.
+            CorruptError: no checkpoint verifies. The text says whether the destination was changed.
+            NotFoundError: there is no checkpoint at `step`.
+            UnavailableError: the store cannot be reached or read; never taken for a first start.
+        """
+        from ckptstore import restoring
+
+        number = None if step is None else check_step(step)
+        self._wait()
+        found = restoring.restore(
+            self._objects,
+            self.name,
+            destination,
+            step=number,
+            strict=strict,
+            threads=self._threads,
+            progress=progress,
+        )
+        if found is None:
+            return None
+        return Checkpoint(found.manifest, missing=found.missing, unexpected=found.unexpected)
+
+    def load(
+        self,
+        step: int | None = None,
+        *,
+        only: str | None = None,
+        device: "torch.device | str" = "cpu",
+        progress: Progress | None = None,
+    ) -> Any:
+        """The tree as it was saved, every byte of it verified.
+
+        Args:
+            step: which checkpoint; None is the newest.
+            only: the path of a part of the tree, such as "model" or "optimizer.param_groups[0]"; only that part's
+                bytes are read.
+            device: where tensors are put.
+            progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
+
+        Returns:
+            The tree, or the part of it; modules and optimizers as their state dicts.
+
+        Raises:
+            NotFoundError: there is no such store, run, step or part.
+            CorruptError: it is damaged; the text names the tensors.
+            InvalidInputError: a type in it was registered when it was saved and is not now.
+            UnavailableError: the backend failed.
+        """
+        from ckptstore import restoring
+
+        self._wait()
+        return restoring.load(
+            self._objects, self._manifest(step), only=only, device=device, threads=self._threads, progress=progress
+        )
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Checkpoint:
+        """Write a checkpoint to a file that other programs read; every byte of it is verified on the way.
+
+        The ending of its name chooses the format. `.safetensors`: each tensor by its path, and the rest of the tree,
+        the metrics and the metadata as JSON in the file's metadata, so that `import_file` gives back all of it.
+        `.pt` (`.pth`, `.ckpt`, `.bin`): `torch.save` of the tree, with values of registered types as plain trees.
+        The file appears whole or not at all.
+
+        Args:
+            path: the file.
+            step: which checkpoint; None is the newest.
+            overwrite: put the new file in the place of one that is there.
+            progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
+
+        Returns:
+            The checkpoint that was exported.
+
+        Raises:
+            InvalidInputError: the format cannot hold a tensor, which is named; or `path` has another ending; or the
+                package safetensors is not installed. No file was written.
+            ConflictError: there is such a file, and `overwrite` is False.
+            NotFoundError: there is no such store, run, step or folder.
+            CorruptError: the checkpoint is damaged; the text names the tensors.
+            UnavailableError: the backend or the disk failed.
+        """
+        from ckptstore import portable
+
+        self._wait()
+        manifest = self._manifest(step)
+        portable.export_file(
+            self._objects, manifest, path, threads=self._threads, overwrite=overwrite, progress=progress
+        )
+        return Checkpoint(manifest)
+
+    def import_file(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> Checkpoint:
+        """Save the content of a file as a checkpoint. No code that the file brings along runs.
+
+        Args:
+            path: a `.safetensors` file: what `export` put in comes out; one of another program becomes a flat dict of
+                tensors. Or a `.pt` (`.pth`, `.ckpt`, `.bin`) file of `torch.save`, read with `weights_only=True`.
+            step: the step to save it as.
+            metrics: as for `save`; None takes those that an exported file brings along.
+            metadata: likewise.
+            replace: as for `save`.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            NotFoundError: there is no such file.
+            InvalidInputError: it is no such file, or it holds what only running code could make, or what a checkpoint
+                cannot hold; nothing was changed.
+            ConflictError: the step holds another state; nothing was changed.
+            UnavailableError: the file cannot be read, or the backend failed.
+            CheckpointError: an earlier `save_async` of this run failed, and nobody had asked for its result.
+        """
+        from ckptstore import portable, saving, segments
+
+        number = check_step(step)
+        with self._turn():
+            given = saving.take_apart(None, metrics, metadata)
+            found = portable.read_file(path)
+            snapshot = saving.Snapshot(
+                found.tree,
+                segments.find(found.leaves),
+                metrics=found.metrics if metrics is None and found.metrics is not None else given.metrics,
+                metadata=found.metadata if metadata is None and found.metadata is not None else given.metadata,
+            )
+            return Checkpoint(self._saved(number, snapshot, replace))
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order, from one listing; empty if there is none.
+
+        Raises:
+            UnavailableError: the store cannot be reached or read.
+        """
+        return catalog.list_run(self._objects, self.name).committed_steps()
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose manifest can be read; None if the run has none. Its tensors are not verified.
+
+        Raises:
+            CorruptError: there are manifests, and none can be read.
+            UnavailableError: the store cannot be reached or read.
+        """
+        if not catalog.exists(self._objects):
+            return None
+        manifest = catalog.newest(self._objects, self.name)
+        return None if manifest is None else Checkpoint(manifest)
+
+    def checkpoint(self, step: int | None = None) -> Checkpoint:
+        """What is known of a checkpoint (None: the newest) without reading its tensors.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            CorruptError: its manifest is damaged.
+            UnavailableError: the store cannot be reached or read.
+        """
+        return Checkpoint(self._manifest(step))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint of the run, by step. Reads one manifest each.
+
+        Raises:
+            CorruptError: a manifest is damaged.
+            UnavailableError: the store cannot be reached or read.
+        """
+        return [Checkpoint(manifest) for manifest in usages.read_all(self._objects, self.name).get(self.name, [])]
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint. The bytes that no other needs go with the next collection.
+
+        Raises:
+            NotFoundError: there is no checkpoint at `step`.
+            UnavailableError: the backend failed.
+        """
+        number = check_step(step)
+        self._wait()
+        catalog.require_store(self._objects)
+        Performer(self._objects).perform(protocol.delete(self.name, number, now_text()))
+
+    def _manifest(self, step: int | None) -> Manifest:
+        if step is not None:
+            return catalog.manifest_of(self._objects, self.name, check_step(step))
+        catalog.require_store(self._objects)
+        return catalog.newest_or_raise(self._objects, self.name)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until no save of this run is under way, and keep other threads from beginning one.
+
+        Raises the error of a save in the background, if nobody was told of it.
+        """
+        with self._shared.turn:
+            pending = self._shared.pending
+            if pending is not None:
+                # It stays known while it is waited for: an interrupt must not make the run forget it.
+                pending._settle()
+            yield
+
+    def _wait(self) -> None:
+        pending = self._shared.pending
+        if pending is not None:
+            pending._wait()
