@@ -5,14 +5,13 @@ Knows the layout of the header (docs/format.md has the same table); knows nothin
 
 import struct
 from dataclasses import dataclass
-from typing import Literal
 
 import blake3
 import numpy as np
 
 from ckptstore.codec import Mode, Plane, Sampled, as_it_is, decode_planes
 from ckptstore.errors import CorruptError
-from ckptstore.format import MAX_CHUNK_BYTES
+from ckptstore.format import MAX_CHUNK_BYTES, Codec
 from ckptstore.kernels import PLANE_WIDTHS, ByteArray
 
 MAGIC = b"\x89CKPTCH\n"
@@ -20,9 +19,6 @@ DELTA_MAGIC = b"\x89CKPTDL\n"
 CHUNK_VERSION = 1
 FILTER_PLANES = 1
 FILTER_ZIGZAG_PLANES = 2
-Codec = Literal["none", "fast", "small"]
-"""How chunks are written; all of them are read. `none`: as they are. `fast`: in planes, compressed where that pays.
-`small`: as for `fast`, or as the difference to a chunk of an earlier checkpoint."""
 DELTA_PAYS = 0.9
 """A delta is kept only where a sample of it takes less than this part of what a sample of the full chunk takes."""
 

@@ -5,8 +5,9 @@ a save makes no chains, so that a restore decodes at most two objects a chunk. C
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckptstore.format import chunk_key
 from ckptstore.manifest import ChunkRef, Manifest, Segment
@@ -16,8 +17,7 @@ Place = tuple[str, int]
 """Where a chunk is in a state: the path of the first tensor in it, and the how manieth of the tensor's it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(Struct, frozen=True):
     """A chunk that is in the store, and the one that it stands on."""
 
     digest: str

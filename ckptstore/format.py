@@ -8,6 +8,7 @@ import operator
 import re
 import secrets
 from dataclasses import dataclass
+from typing import Literal
 
 from ckptstore.errors import InvalidInputError
 
@@ -15,6 +16,10 @@ FORMAT_VERSION = 1
 """Of sealed JSON objects that name no delta. Chunks and deltas carry a version of their own (chunk.py)."""
 DELTA_FORMAT_VERSION = 2
 """Of manifests and condemned lists that name a delta, so that a reader that knows none says so."""
+
+Codec = Literal["none", "fast", "small"]
+"""How chunks are written; all of them are read. `none`: as they are. `fast`: in planes, compressed where that pays.
+`small`: as for `fast`, or as the difference to a chunk of an earlier checkpoint."""
 
 DEFAULT_CHUNK_BYTES = 8 * 2**20
 DEFAULT_SMALL_BYTES = 64 * 2**10

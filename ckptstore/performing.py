@@ -12,13 +12,13 @@ import msgspec
 import numpy as np
 
 from ckptstore import protocol
-from ckptstore.chunk import Base, Codec, encode_delta
+from ckptstore.chunk import Base, encode_delta
 from ckptstore.chunk import decode as decode_chunk
 from ckptstore.chunk import digest as digest_of
 from ckptstore.chunk import encode as encode_chunk
 from ckptstore.deltas import Held
 from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, UnavailableError
-from ckptstore.format import chunk_key, session_key
+from ckptstore.format import Codec, chunk_key, session_key
 from ckptstore.kernels import ByteArray
 from ckptstore.manifest import Session, encode
 from ckptstore.objects.base import ObjectInfo, Objects

@@ -6,8 +6,9 @@ the numbers in the comments are those of its section "Save".
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckptstore.deltas import Held, find_bases, held_chunks, table
 from ckptstore.errors import ConflictError, CorruptError, FencedError, NotFoundError, UnavailableError
@@ -39,55 +40,51 @@ FEW_CHUNKS = 16
 """Up to so many chunks are looked for one by one, more by whole prefixes, of which there are 256."""
 
 
+# Structs and not dataclasses: `import ckptstore` makes all of them, and a dataclass takes a millisecond to make.
+
+
 # ---- operations: each is atomic, or made of independent ones
 
 
-@dataclass(frozen=True, slots=True)
-class List:
+class List(Struct, frozen=True):
     """-> list[ObjectInfo] of all keys that begin with one of `prefixes`."""
 
     prefixes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Get:
+class Get(Struct, frozen=True):
     """-> list[bytes | None], one for each key."""
 
     keys: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Create:
+class Create(Struct, frozen=True):
     """-> bool: True if it is ours, False if the key existed."""
 
     key: str
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
+class Put(Struct, frozen=True):
     """-> None; replaces what is there."""
 
     key: str
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
+class Open(Struct, frozen=True):
     """-> None. Puts the session and keeps it beating until `Close`."""
 
     session: Session
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
+class Close(Struct, frozen=True):
     """-> None. Ends the beat and deletes the session."""
 
     save: str
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
+class Upload(Struct, frozen=True):
     """-> dict digest -> Uploaded. Encodes and puts the chunks of these digests under the save's own keys."""
 
     save: str
@@ -96,16 +93,14 @@ class Upload:
     """Digest -> a full chunk that it may be stored as the difference to, where that is clearly smaller."""
 
 
-@dataclass(frozen=True, slots=True)
-class Uploaded:
+class Uploaded(Struct, frozen=True):
     """What became of a chunk: the length of its object, and whether it is the difference to its base."""
 
     stored: int
     is_delta: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Sync:
+class Sync(Struct, frozen=True):
     """-> None, when all of `keys` are durable, whoever put them."""
 
     keys: tuple[str, ...]
@@ -114,8 +109,7 @@ class Sync:
 Operation = List | Get | Create | Put | Open | Close | Upload | Sync
 
 
-@dataclass(frozen=True, slots=True)
-class SaveRequest:
+class SaveRequest(Struct, frozen=True):
     """All that is known of a checkpoint before the store is looked at."""
 
     run: str
@@ -136,8 +130,7 @@ class SaveRequest:
     """Whether chunks may be stored as differences to those of the run's newest checkpoint."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """A manifest of a step: what it says, or None if it cannot be read, and the store's last-modified time."""
 
     key: ManifestKey
@@ -145,8 +138,7 @@ class Candidate:
     manifest: Manifest | None
 
 
-@dataclass(slots=True)
-class _Found:
+class _Found(Struct):
     """What the friendly check found: what to replace, and the newest manifest, whose chunks may be ours too."""
 
     replaces: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What people touch most: `Run`. Rooms that need torch are imported when a state is first saved or restored."""
+"""What people touch most: `Run`. Rooms that need torch or NumPy are imported when they are first needed."""
 
 import contextlib
 import os
@@ -11,12 +11,10 @@ from ckptstore import catalog, protocol
 from ckptstore import usage as usages
 from ckptstore.background import PendingSave
 from ckptstore.checkpoint import Checkpoint
-from ckptstore.chunk import Codec
 from ckptstore.errors import InvalidInputError
-from ckptstore.format import check_step
+from ckptstore.format import Codec, check_step
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
-from ckptstore.performing import Performer
 from ckptstore.pipeline import Progress, background_threads, give_way, worker_threads
 from ckptstore.writer import now_text
 
@@ -379,6 +377,8 @@ class Run:
             NotFoundError: there is no checkpoint at `step`.
             UnavailableError: the backend failed.
         """
+        from ckptstore.performing import Performer
+
         number = check_step(step)
         self._wait()
         catalog.require_store(self._objects)

@@ -7,10 +7,9 @@ from typing import Any
 
 from ckptstore import protocol, segments
 from ckptstore.catalog import read_marker
-from ckptstore.chunk import Codec
 from ckptstore.condemning import condemn_corrupt
 from ckptstore.errors import CheckpointWarning, CorruptError, FencedError, InvalidInputError, UnavailableError
-from ckptstore.format import DEFAULT_CHUNK_BYTES, DEFAULT_SMALL_BYTES, MARKER_KEY, new_save_id
+from ckptstore.format import DEFAULT_CHUNK_BYTES, DEFAULT_SMALL_BYTES, MARKER_KEY, Codec, new_save_id
 from ckptstore.kernels import compiled
 from ckptstore.manifest import Manifest, Marker, content_digest, encode
 from ckptstore.objects.base import Objects

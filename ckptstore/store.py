@@ -2,19 +2,20 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from ckptstore import catalog, verifying
+from ckptstore import catalog
 from ckptstore import usage as usages
-from ckptstore.chunk import Codec
 from ckptstore.errors import InvalidInputError
-from ckptstore.format import check_run_name
+from ckptstore.format import Codec, check_run_name
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.pipeline import Progress
 from ckptstore.run import Run, Shared
 from ckptstore.usage import Usage
-from ckptstore.verifying import VerifyReport
+
+if TYPE_CHECKING:
+    from ckptstore.verifying import VerifyReport
 
 __all__ = ["Store"]
 
@@ -86,7 +87,7 @@ class Store:
         found = catalog.list_runs(self._objects)
         return [name for name, rows in found.items() if rows.committed_steps()]
 
-    def verify(self, run: str | None = None, *, progress: Progress | None = None) -> VerifyReport:
+    def verify(self, run: str | None = None, *, progress: Progress | None = None) -> "VerifyReport":
         """Read every byte of the store (or of one run) again and compare it with what was saved.
 
         Chunks found damaged are marked, so that no save takes them up again: the next save of the same content
@@ -101,6 +102,8 @@ class Store:
             UnavailableError: the backend failed, so nothing is known.
             UnsupportedFormatError: an object was written by a newer ckptstore.
         """
+        from ckptstore import verifying
+
         if run is None:
             catalog.require_store(self._objects, warn=False)  # the report says it
         elif not catalog.list_run(self._objects, check_run_name(run)).by_step:

@@ -15,8 +15,6 @@ import math
 import struct
 from typing import Any
 
-import numpy as np
-
 from ckptstore.errors import CorruptError
 from ckptstore.skeleton import MAPPING_TAGS, MAX_DEPTH, SEQUENCE_TAGS, TAG, TENSOR_TAGS, decode_plain, numpy_item_bytes
 
@@ -118,6 +116,8 @@ def _scalar(dtype: str, content: bytes) -> Any:
         raise ValueError(f"{dtype!r:.80} does not take {len(content)} bytes")
     if not content:
         return "" if "U" in dtype else b""
+    import numpy as np  # here, as only NumPy scalars need it
+
     scalar = np.frombuffer(content, np.dtype(dtype))[0]
     return str(scalar) if scalar.dtype.kind in "mM" else scalar.item()
 

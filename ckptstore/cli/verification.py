@@ -1,5 +1,7 @@
 """`verify`: every byte read again, and what is damaged named."""
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from ckptstore import Store
@@ -7,7 +9,9 @@ from ckptstore.cli.options import Json, OptionalTarget, StorageOptions, examples
 from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, printable, progress_bar
 from ckptstore.cli.target import parse_options, resolve
 from ckptstore.format import CONDEMNED, MARKER_KEY, SESSIONS, ChunkKey
-from ckptstore.verifying import Damage, VerifyReport
+
+if TYPE_CHECKING:
+    from ckptstore.verifying import Damage, VerifyReport
 
 __all__ = ["add_to"]
 
@@ -43,7 +47,7 @@ def verify(target: OptionalTarget = None, storage_options: StorageOptions = None
     return 0 if report.ok else DAMAGED
 
 
-def _document(store: str, run: str | None, report: VerifyReport) -> dict[str, object]:
+def _document(store: str, run: str | None, report: "VerifyReport") -> dict[str, object]:
     return {
         "store": store,
         "run": run,
@@ -61,7 +65,7 @@ def _document(store: str, run: str | None, report: VerifyReport) -> dict[str, ob
     }
 
 
-def _print(report: VerifyReport) -> None:
+def _print(report: "VerifyReport") -> None:
     for each in report.damaged:
         print_line(f"damaged: {_name(each)}", bold=True)
         print_line(f"  key     {printable(each.key)}")
@@ -82,7 +86,7 @@ def _print(report: VerifyReport) -> None:
         print_line(f"- {line}")
 
 
-def _name(damage: Damage) -> str:
+def _name(damage: "Damage") -> str:
     """What is damaged: a tensor of a checkpoint, a checkpoint's manifest, or an object that belongs to none."""
     if damage.run is None:
         return "an object that belongs to no checkpoint"
@@ -90,7 +94,7 @@ def _name(damage: Damage) -> str:
     return printable(f"run {damage.run}, step {damage.step}: {what}")
 
 
-def _advice(report: VerifyReport) -> list[str]:
+def _advice(report: "VerifyReport") -> list[str]:
     """What to do about each kind of damage that was found, and about no other."""
     keys = {each.key for each in report.damaged}
     lines = ["If there is a copy of the store, put the objects named above back from it, and verify again."]

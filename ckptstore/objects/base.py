@@ -7,14 +7,14 @@ each of these is needed, and `ckptstore.testing` holds the suite of tests that e
 import abc
 import builtins
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 Bytes = bytes | bytearray | memoryview
 """What a backend accepts as an object's content; what it returns is `bytes`."""
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
+class ObjectInfo(Struct, frozen=True):
     """One row of a listing: the key, its size in bytes, and the store's own last-modified time (seconds, epoch)."""
 
     key: str

@@ -715,6 +715,13 @@ def test_looking_at_a_store_does_not_import_torch(ckpts: str, tmp_path: Path, wo
     assert done.status == 0, done.err
 
 
+@pytest.mark.parametrize("words", [("--help",), ("ls", "{}"), ("du", "{}")], ids=" ".join)
+def test_what_one_asks_often_does_not_import_numpy_either(ckpts: str, tmp_path: Path, words: tuple[str, ...]) -> None:
+    program = WITHOUT_TORCH.replace('"torch"', '"numpy"')
+    done = spawn(*(word.format(tmp_path / "ckpts") for word in words), program=("-c", program))
+    assert done.status == 0, done.err
+
+
 def test_the_module_and_its_exit_status(ckpts: str, tmp_path: Path) -> None:
     assert spawn("verify", str(tmp_path / "ckpts")).status == 0
     assert spawn("ls", str(tmp_path / "none")).status == 3
