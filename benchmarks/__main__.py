@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import background, memory, profile, resave, restore, save, series, states, stored
+from benchmarks import background, bucket, memory, profile, resave, restore, save, series, states, stored
 from benchmarks.timing import Report
 
 Ask = Callable[[Path, int], Report]
@@ -24,6 +24,8 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "async": (background.ask, 7),
     "memory": (memory.ask, 1),
     "series": (series.ask, 3),
+    "bucket-save": (bucket.ask_save, 5),
+    "bucket-restore": (bucket.ask_restore, 5),
 }
 
 
