@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if "--quick" in sys.argv:
+    os.environ["CKPTSTORE_BENCHMARK_STEPS"] = "3"  # read by the imports that follow, here and in child processes
 
 from benchmarks import background, bucket, memory, profile, resave, restore, save, series, states, stored
 from benchmarks.timing import Report
@@ -24,23 +28,26 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "async": (background.ask, 7),
     "memory": (memory.ask, 1),
     "series": (series.ask, 3),
+    "series-close": (series.ask_close, 3),
     "bucket-save": (bucket.ask_save, 5),
     "bucket-restore": (bucket.ask_restore, 5),
 }
+
+QUICK = ("stored", "restore", "save", "resave", "async")
 
 
 def main() -> int:
     options = parse()
     if options.list:
         for name, (ask, _) in QUESTIONS.items():
-            print(f"{name:<12}{(ask.__doc__ or sys.modules[ask.__module__].__doc__ or '').splitlines()[0]}")
+            print(f"{name:<16}{(ask.__doc__ or sys.modules[ask.__module__].__doc__ or '').splitlines()[0]}")
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
     reports: list[Report] = []
-    for name in options.names or ([] if options.profile else QUESTIONS):
+    for name in options.names or ([] if options.profile else QUICK if options.quick else QUESTIONS):
         ask, rounds = QUESTIONS[name]
         began = time.monotonic()
-        report = ask(options.folder, options.rounds or rounds)
+        report = ask(options.folder, options.rounds or (1 if options.quick else rounds))
         report.print()
         print(f"     ({time.monotonic() - began:.0f} s)", flush=True)
         reports.append(report)
@@ -59,6 +66,11 @@ def parse() -> Any:
     parser.add_argument("--list", action="store_true", help="say what each one asks, and end")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each, in place of its own number")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"one round each of {', '.join(QUICK)}, of a state of three steps: whether it works, not figures to quote",
+    )
     parser.add_argument("--profile", action="store_true", help="where the time of save and restore goes")
     parser.add_argument(
         "--folder",

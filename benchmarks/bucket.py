@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ckptstore
-from benchmarks.states import Training, raw_bytes, real_batches, state_file
+from benchmarks.states import STEPS, Training, raw_bytes, real_batches, state_file
 from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target, use_kernels
 
 SAVE_QUESTION = "bucket-save: LSTM and Adam to SeaweedFS on this machine, all of it new"
@@ -37,7 +37,7 @@ def ask_save(folder: Path, rounds: int) -> Report:
         _upload(f"{url}/warm.pt", options, training)
 
         def trained(number: int) -> None:
-            training.train(batches, number + 103 - training.step)
+            training.train(batches, number + STEPS + 3 - training.step)
 
         def ours(number: int) -> Took:
             trained(number)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import ckptstore
-from benchmarks.states import Training, raw_bytes, real_batches, state_file, work_folder
+from benchmarks.states import STEPS, Training, raw_bytes, real_batches, state_file, work_folder
 from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target, use_kernels
 
 QUESTION = "save: LSTM and Adam to local disk with fsync, all of it new"
@@ -27,7 +27,9 @@ def ask(folder: Path, rounds: int) -> Report:
         run = ckptstore.Store(work / "store").run("lstm")
 
         def trained(number: int) -> None:
-            training.train(batches, number + 102 - training.step)  # a step further in each round, whoever is first
+            training.train(
+                batches, number + STEPS + 2 - training.step
+            )  # a step further in each round, whoever is first
 
         def ours(number: int) -> Took:
             trained(number)

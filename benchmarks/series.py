@@ -1,6 +1,7 @@
-"""What ten checkpoints of one training take, by codec: bytes, seconds to save, seconds to restore.
+"""What ten checkpoints of one training take, by codec and by peer: bytes, seconds to save, seconds to restore.
 
-The same states are saved by each codec into a store of its own. Restores are in fresh processes.
+The same states are saved by each into a store of its own. Our restores are in fresh processes, verified and in place;
+restic and borg give back the file that torch.load would then have to load.
 """
 
 import statistics
@@ -8,43 +9,71 @@ from functools import partial
 from pathlib import Path
 
 import ckptstore
-from benchmarks.save import timed_save
+from benchmarks.peers import Peer, installed
+from benchmarks.save import timed_save, timed_torch_save
 from benchmarks.states import Training, raw_bytes, real_batches, state_file, work_folder
 from benchmarks.timing import Report, Row, Took, fresh, in_turn
 
 CHECKPOINTS = 10
-STEPS_APART = 50
 CODECS = ("none", "fast", "small")
-QUESTION = f"series: {CHECKPOINTS} checkpoints of LSTM and Adam, {STEPS_APART} steps apart, local disk with fsync"
+BASE = "torch.save + fsync"
 
 
-def ask(folder: Path, rounds: int) -> Report:
+def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
+    """What ten checkpoints take, 50 steps apart, by codec and by peer: bytes, seconds to save and to restore."""
     training = Training.resumed(state_file(folder))
     batches = real_batches(folder)
     payload_bytes = raw_bytes(training.state_dicts())
     with work_folder(folder) as work:
         runs = {codec: ckptstore.Store(work / codec, codec=codec).run("lstm") for codec in CODECS}
-        saves: dict[str, list[float]] = {codec: [] for codec in CODECS}
-        new_bytes = dict.fromkeys(CODECS, 0)
+        peers = {peer.name: peer for peer in installed(work)}
+        saves: dict[str, list[float]] = {name: [] for name in (*CODECS, *peers, BASE)}
         for number in range(CHECKPOINTS):
             if number:
-                training.train(batches, STEPS_APART)
-            for codec in CODECS if number % 2 else CODECS[::-1]:
-                run = runs[codec]
-                saves[codec].append(timed_save(run, training, must_be_new=False)[0])
-                new_bytes[codec] += run.checkpoint().new_bytes
-        restores = in_turn(rounds, {codec: partial(_restored, work / codec) for codec in CODECS})
+                training.train(batches, steps_apart)
+            for name in list(saves) if number % 2 else list(saves)[::-1]:
+                if name in runs:
+                    took = timed_save(runs[name], training, must_be_new=False)
+                elif name in peers:
+                    took = peers[name].save(training)
+                else:
+                    took = timed_torch_save(work / "state.pt", training)
+                saves[name].append(took[0])
+        stored = {name: sum(each.new_bytes for each in run.checkpoints()) for name, run in runs.items()}
+        stored |= {name: peer.stored_bytes() for name, peer in peers.items()} | {BASE: CHECKPOINTS * payload_bytes}
+        restores = in_turn(
+            rounds,
+            {codec: partial(_restored, work / codec) for codec in CODECS}
+            | {name: partial(_given_back, peer, training.step, work / "back") for name, peer in peers.items()},
+        )
     rows = []
-    for codec in CODECS:
-        save = statistics.median(saves[codec][1:])
-        restore = statistics.median(seconds for seconds, _ in restores[codec])
-        share = new_bytes[codec] / (CHECKPOINTS * payload_bytes)
-        text = f"{share:.3f} of raw  save {save:.3f} s from the second on  restore of the newest {restore:.3f} s"
-        rows.append(Row(codec, text, {"stored": share, "save": save, "restore": restore}))
-    small = rows[-1].figures["stored"] / rows[1].figures["stored"]
-    return Report(QUESTION, rows, f"{CODECS[2]} stores {small:.3f} of the bytes of {CODECS[1]}")
+    for name, seconds in saves.items():
+        share = stored[name] / (CHECKPOINTS * payload_bytes)
+        save = statistics.median(seconds[1:])
+        text = f"{share:.3f} of raw  save {save:.3f} s from the second on"
+        figures = {"stored": share, "save": save}
+        if name in restores:
+            figures["restore"] = statistics.median(took for took, _ in restores[name])
+            text += f"  restore of the newest {figures['restore']:.3f} s"
+        rows.append(Row(name, text, figures))
+    return Report(
+        f"series: {CHECKPOINTS} checkpoints of LSTM and Adam, {steps_apart} steps apart, local disk",
+        rows,
+        "; ".join(
+            f"small stores {1 - stored['small'] / stored[name]:.0%} less than {name}" for name in ("fast", *peers)
+        ),
+    )
+
+
+def ask_close(folder: Path, rounds: int) -> Report:
+    """The same, 10 steps apart."""
+    return ask(folder, rounds, steps_apart=10)
 
 
 def _restored(store: Path, _: int) -> Took:
     took: Took = fresh("benchmarks.restore:our_restore", store=str(store), kernels="numpy")
     return took
+
+
+def _given_back(peer: Peer, step: int, into: Path, _: int) -> Took:
+    return peer.restore(step, into)

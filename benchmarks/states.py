@@ -3,6 +3,7 @@
 The states hold model, Adam's moments and the step: 115 MB. Trained as `python -m trainer train` does by default.
 """
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -19,8 +20,8 @@ from trainer.data import Batches, load_corpus
 from trainer.model import LanguageModel
 
 BATCH_SIZE, BPTT, LEARNING_RATE, CLIP = 20, 35, 0.001, 1.0
-STEPS = 100
-"""The state that most questions are asked of."""
+STEPS = int(os.environ.get("CKPTSTORE_BENCHMARK_STEPS", "100"))
+"""Of training, to the state that most questions are asked of. `--quick` sets the variable, for child processes too."""
 DEFAULT_FOLDER = Path(tempfile.gettempdir()) / "ckptstore-benchmarks"
 
 

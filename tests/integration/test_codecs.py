@@ -63,7 +63,9 @@ def test_every_checkpoint_of_a_training_comes_back_as_it_was(place: Objects, cod
     for _ in range(4):
         training.train()
         states[training.step] = training.state_dicts()
-        getattr(run, how)(training.state(), step=training.step)
+        saved = getattr(run, how)(training.state(), step=training.step)
+    if how == "save_async":
+        saved.result()
     reader = ckptstore.Store(place).run("run")
     for step, state in states.items():
         assert_same(reader.load(step), state)
