@@ -332,7 +332,10 @@ def _bases(request: SaveRequest, missing: list[str], newest: Manifest, condemned
     wanted = set(missing)
     indices = [index for index, name in enumerate(names) if name in wanted]
     lengths = list(request.chunks.values())
-    found = find_bases(indices, lengths, request.tree, request.segments, newest)
+    try:
+        found = find_bases(indices, lengths, request.tree, request.segments, newest)
+    except CorruptError:  # its tree makes no sense, which is no reason for a save to fail
+        return {}
     return {names[index]: base for index, base in found.items() if _is_sound(base, condemned)}
 
 

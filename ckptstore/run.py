@@ -35,7 +35,7 @@ class Shared:
     pending: PendingSave | None = None
     """The last save in the background."""
     room: "segments.Room | None" = None
-    """Where the copies of its states go."""
+    """Where the copies of its states go, while nobody uses it."""
 
 
 class Run:
@@ -138,15 +138,20 @@ class Run:
         if if_busy == "skip" and earlier is not None and not earlier.done():
             return earlier
 
-        def work(copied: saving.Snapshot) -> Checkpoint:
-            self._objects.connect()  # before it gives way, as its threads serve all others too
-            give_way()
-            return Checkpoint(self._saved(number, copied, replace, progress, self._background_threads))
-
         with self._turn():
             snapshot = saving.take_apart(state, metrics, metadata)
-            self._shared.room = self._shared.room or segments.Room()
-            self._shared.room.detach(snapshot.sources, threads=self._threads)
+            # Taken, and given back by who uses it: an interrupt may make this thread forget a save that goes on.
+            room, self._shared.room = self._shared.room or segments.Room(), None
+            room.detach(snapshot.sources, threads=self._threads)
+
+            def work(copied: saving.Snapshot) -> Checkpoint:
+                try:
+                    self._objects.connect()  # before it gives way, as its threads serve all others too
+                    give_way()
+                    return Checkpoint(self._saved(number, copied, replace, progress, self._background_threads))
+                finally:
+                    self._shared.room = room
+
             pending = self._shared.pending = PendingSave(self.name, number, work, snapshot)
         return pending
 

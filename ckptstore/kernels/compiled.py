@@ -22,6 +22,15 @@ _expected_bytes = 0
 _is_decided = False
 
 
+def _forked() -> None:
+    """A thread that held the lock did not come along."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def loaded() -> Any:
     """The module of loops to use now: `with_numpy` or `with_numba`."""
     return _used

@@ -234,6 +234,29 @@ def test_the_memory_of_a_copy_is_used_again_by_the_next_save_of_the_run(place: O
         assert store.run("run").load(step, only="model.weight").unique().tolist() == [step]
 
 
+def test_an_interrupt_that_makes_a_run_forget_its_save_does_not_let_the_next_one_write_over_its_copy(
+    place: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(background.PendingSave):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            raise KeyboardInterrupt
+
+    slow = Slow(place)
+    run = ckptstore.Store(slow).run("run")
+    with monkeypatch.context() as patch:
+        patch.setattr("ckptstore.run.PendingSave", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_async({"x": torch.ones(300, 300)}, step=1)
+    pending = run.save_async({"x": torch.zeros(300, 300)}, step=2)
+    slow.go.set()
+    pending.result()
+    while 1 not in run.steps():
+        pass
+    assert run.load(1)["x"].unique().tolist() == [1]
+    assert run.load(2)["x"].unique().tolist() == [0]
+
+
 def test_a_room_that_is_far_too_large_is_given_back() -> None:
     room = segments.Room()
 

@@ -1,6 +1,7 @@
 """Planes: which byte of an element lands where, that merge is the inverse of split, and that both kernels agree."""
 
 import importlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -184,3 +185,18 @@ def test_a_small_save_does_not_load_numba() -> None:
         assert "numba" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_process_that_is_forked_while_numba_is_loaded_does_not_hang(undecided: pytest.MonkeyPatch) -> None:
+    code = """
+        import os, threading
+        from ckptstore.kernels import compiled
+        with compiled._lock:  # as a thread that loads Numba does
+            child = os.fork()
+            if child == 0:
+                compiled.expect(1)
+                os._exit(0)
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)

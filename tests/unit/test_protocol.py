@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from typing import Any
 
+import msgspec
 import pytest
 
 from ckptstore.deltas import Held
@@ -544,3 +545,12 @@ def test_a_delta_in_a_listing_is_not_taken_up() -> None:
     model.content[chunk_key(A, save_id(3), is_delta=True)] = b"12345"
     model.perform(save(with_deltas()))
     assert model.uploaded == [A, B]
+
+
+def test_a_newest_checkpoint_whose_tree_makes_no_sense_is_no_reason_for_a_save_to_fail() -> None:
+    model = Model()
+    broken = newest(ref(C), ref(D))
+    model.hold(msgspec.structs.replace(broken, tree={"a": {"$": "tensor", "dtype": "float99"}}))
+    model.perform(save(with_deltas()))
+    assert model.uploaded == [A, B]
+    assert model.bases == {}
