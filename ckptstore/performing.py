@@ -1,6 +1,6 @@
 """The protocol's operations carried out on a backend, on threads, with the session kept beating meanwhile.
 
-What to do in which order is protocol.py's. Needs no torch: chunks are anything that can be read.
+What to do in which order is for `protocol` to say. Needs no torch: chunks are anything that can be read.
 """
 
 import contextlib

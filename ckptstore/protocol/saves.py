@@ -1,112 +1,31 @@
-"""The decisions of a save, apart from all I/O: what to read, what to reuse, what to upload, when it has committed.
+"""The decisions of a save, from the friendly look to the closed session: what to reuse, what to upload, when it counts.
 
-A generator yields operations and is sent their results; whoever drives it (saving.py, or a test that walks every
-interleaving) decides how they are carried out. docs/explanation/protocol.md says why the steps stand in this order;
-the numbers in the comments are those of its section "Save".
+The numbers in the comments are those of the section "Save" of docs/explanation/protocol.md, which says why the steps
+stand in this order.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from typing import Any
 
 from msgspec import Struct, field
 
 from ckptstore.deltas import Held, find_bases, held_chunks, table
-from ckptstore.errors import ConflictError, CorruptError, FencedError, NotFoundError, UnavailableError
-from ckptstore.format import (
-    CHUNKS,
-    CONDEMNED,
-    MAX_OVERHEAD_BYTES,
-    MIN_MANIFEST_BYTES,
-    ChunkKey,
-    ManifestKey,
-    run_prefix,
-)
-from ckptstore.manifest import (
-    ChunkRef,
-    Condemned,
-    Ended,
-    Manifest,
-    Segment,
-    Session,
-    Writer,
-    decode_condemned,
-    decode_manifest,
-    encode,
-    format_naming,
-)
+from ckptstore.errors import ConflictError, CorruptError, FencedError, UnavailableError
+from ckptstore.format import CHUNKS, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey, run_prefix
+from ckptstore.manifest import ChunkRef, Manifest, Segment, Session, Writer, encode, format_naming
 from ckptstore.objects.base import ObjectInfo
+from ckptstore.protocol.candidates import (
+    current,
+    may_be_committed,
+    read_candidate,
+    read_candidates,
+    read_condemned,
+)
+from ckptstore.protocol.deletes import bury
+from ckptstore.protocol.operations import Close, Create, Get, List, Open, Operation, Sync, Upload, Uploaded
 
 FEW_CHUNKS = 16
 """Up to so many chunks are looked for one by one, more by whole prefixes, of which there are 256."""
-
-
-# Structs and not dataclasses: `import ckptstore` makes all of them, and a dataclass takes a millisecond to make.
-
-
-# ---- operations: each is atomic, or made of independent ones
-
-
-class List(Struct, frozen=True):
-    """-> list[ObjectInfo] of all keys that begin with one of `prefixes`."""
-
-    prefixes: tuple[str, ...]
-
-
-class Get(Struct, frozen=True):
-    """-> list[bytes | None], one for each key."""
-
-    keys: tuple[str, ...]
-
-
-class Create(Struct, frozen=True):
-    """-> bool: True if it is ours, False if the key existed."""
-
-    key: str
-    content: bytes
-
-
-class Put(Struct, frozen=True):
-    """-> None; replaces what is there."""
-
-    key: str
-    content: bytes
-
-
-class Open(Struct, frozen=True):
-    """-> None. Puts the session and keeps it beating until `Close`."""
-
-    session: Session
-
-
-class Close(Struct, frozen=True):
-    """-> None. Ends the beat and deletes the session."""
-
-    save: str
-
-
-class Upload(Struct, frozen=True):
-    """-> dict digest -> Uploaded. Encodes and puts the chunks of these digests under the save's own keys."""
-
-    save: str
-    digests: tuple[str, ...]
-    bases: Mapping[str, Held] = field(default_factory=dict)
-    """Digest -> a full chunk that it may be stored as the difference to, where that is clearly smaller."""
-
-
-class Uploaded(Struct, frozen=True):
-    """What became of a chunk: the length of its object, and whether it is the difference to its base."""
-
-    stored: int
-    is_delta: bool = False
-
-
-class Sync(Struct, frozen=True):
-    """-> None, when all of `keys` are durable, whoever put them."""
-
-    keys: tuple[str, ...]
-
-
-Operation = List | Get | Create | Put | Open | Close | Upload | Sync
 
 
 class SaveRequest(Struct, frozen=True):
@@ -130,33 +49,11 @@ class SaveRequest(Struct, frozen=True):
     """Whether chunks may be stored as differences to those of the run's newest checkpoint."""
 
 
-class Candidate(Struct, frozen=True):
-    """A manifest of a step: what it says, or None if it cannot be read, and the store's last-modified time."""
-
-    key: ManifestKey
-    modified: float
-    manifest: Manifest | None
-
-
 class _Found(Struct):
     """What the friendly check found: what to replace, and the newest manifest, whose chunks may be ours too."""
 
     replaces: list[str] = field(default_factory=list)
     newest: ManifestKey | None = None
-
-
-def current(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Which manifest of a step counts: one that can be read and no other replaces, the latest by the store's clock,
-    then by id. What cannot be read stands in the way of nothing: a sound one beside it must not be lost.
-    """
-    replaced = {save for found in candidates if found.manifest for save in found.manifest.replaces}
-    standing = [found for found in candidates if found.manifest and found.key.save_id not in replaced]
-    return max(standing, key=lambda found: (found.modified, found.key.save_id), default=None)
-
-
-def may_be_committed(row: ObjectInfo) -> bool:
-    """Tells manifests from fences and tombstones by size alone."""
-    return row.size >= MIN_MANIFEST_BYTES
 
 
 def save(request: SaveRequest) -> Generator[Operation, Any, Manifest]:
@@ -214,11 +111,11 @@ def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"
     of_step = [(key, row) for key, row in keyed if key.step == request.step]
     if not of_step:
         return found
-    candidates = yield from _read(of_step)
+    candidates = yield from read_candidates(of_step)
     standing = current(candidates)
     if standing is not None and standing.manifest is not None:
         # Only what was found corrupt: a chunk condemned as garbage may have come to be referenced, and is sound then.
-        lists = yield from _read_condemned()
+        lists = yield from read_condemned()
         damaged = {key for each in lists if each and each.reason == "corrupt" for key in each.keys}
         sound = not any(chunk.key in damaged for chunk in standing.manifest.chunks)
         same = standing.manifest.content == request.content
@@ -237,45 +134,9 @@ def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"
     return found
 
 
-def _read(found: list[tuple[ManifestKey, ObjectInfo]]) -> Generator[Operation, Any, list[Candidate]]:
-    contents: list[bytes | None] = yield Get(tuple(str(key) for key, _ in found))
-    candidates = (
-        read_candidate(key, row.modified, content) for (key, row), content in zip(found, contents, strict=True)
-    )
-    return [candidate for candidate in candidates if candidate is not None]
-
-
-def read_candidate(key: ManifestKey, modified: float, content: bytes | None) -> Candidate | None:
-    """What stands at a manifest's key; None for a fence, a tombstone, or nothing."""
-    if content is None:
-        return None
-    try:
-        value = decode_manifest(content, key)
-    except CorruptError:
-        return Candidate(key, modified, None)
-    return None if isinstance(value, Ended) else Candidate(key, modified, value)
-
-
-def _read_condemned() -> Generator[Operation, Any, "list[Condemned | None]"]:
-    """Every condemned list that stands now, None for one that cannot be read; one that is gone by then is left out."""
-    rows: list[ObjectInfo] = yield List((CONDEMNED,))
-    if not rows:
-        return []
-    keys = tuple(row.key for row in rows)
-    contents: list[bytes | None] = yield Get(keys)
-    lists: list[Condemned | None] = []
-    for key, content in zip(keys, contents, strict=True):
-        if content is not None:
-            try:
-                lists.append(decode_condemned(content, key))
-            except CorruptError:
-                lists.append(None)
-    return lists
-
-
 def _assemble(request: SaveRequest, found: _Found) -> Generator[Operation, Any, Manifest]:
     """Steps 2 to 4: a manifest, each of whose chunks is in the store and durable."""
-    lists = yield from _read_condemned()  # 2
+    lists = yield from read_condemned()  # 2
     condemned = {key for each in lists if each for key in each.keys}
     held: dict[str, Held] = {}
     may_reuse = None not in lists  # a list that cannot be read may name any key
@@ -413,27 +274,3 @@ def _clean_up(request: SaveRequest, replaces: list[str]) -> Generator[Operation,
     except UnavailableError:
         # The manifest stands: what it replaces is not current even so, and a session without a save ends by itself.
         return
-
-
-def bury(key: ManifestKey, created: str) -> Generator[Operation, Any, None]:
-    """Put a tombstone in a manifest's place."""
-    tombstone = Ended(state="deleted", run=key.run, step=key.step, save=key.save_id, created=created)
-    yield Put(str(key), encode(tombstone))
-    yield Sync((str(key),))
-
-
-def delete(run: str, step: int, created: str) -> Generator[Operation, Any, None]:
-    """Delete a step: every manifest of it, the current one last, so that none comes back if this is cut short.
-
-    Raises:
-        NotFoundError: the step holds no checkpoint.
-    """
-    rows: list[ObjectInfo] = yield List((run_prefix(run),))
-    # Of any size: a manifest that was cut off is to go as well.
-    of_step = [(key, row) for row in rows if (key := ManifestKey.parse(row.key)) and key.step == step]
-    candidates = yield from _read(of_step)
-    if not candidates:
-        raise NotFoundError(f"run {run!r} has no checkpoint at step {step}, so there is nothing to delete.")
-    last = current(candidates)
-    for candidate in sorted(candidates, key=lambda found: found is last):
-        yield from bury(candidate.key, created)

@@ -1,0 +1,35 @@
+"""Checkpoints taken away: a tombstone in the place of each manifest."""
+
+from collections.abc import Generator
+from typing import Any
+
+from ckptstore.errors import NotFoundError
+from ckptstore.format import ManifestKey, run_prefix
+from ckptstore.manifest import Ended, encode
+from ckptstore.objects.base import ObjectInfo
+from ckptstore.protocol.candidates import current, read_candidates
+from ckptstore.protocol.operations import List, Operation, Put, Sync
+
+
+def bury(key: ManifestKey, created: str) -> Generator[Operation, Any, None]:
+    """Put a tombstone in a manifest's place."""
+    tombstone = Ended(state="deleted", run=key.run, step=key.step, save=key.save_id, created=created)
+    yield Put(str(key), encode(tombstone))
+    yield Sync((str(key),))
+
+
+def delete(run: str, step: int, created: str) -> Generator[Operation, Any, None]:
+    """Delete a step: every manifest of it, the current one last, so that none comes back if this is cut short.
+
+    Raises:
+        NotFoundError: the step holds no checkpoint.
+    """
+    rows: list[ObjectInfo] = yield List((run_prefix(run),))
+    # Of any size: a manifest that was cut off is to go as well.
+    of_step = [(key, row) for row in rows if (key := ManifestKey.parse(row.key)) and key.step == step]
+    candidates = yield from read_candidates(of_step)
+    if not candidates:
+        raise NotFoundError(f"run {run!r} has no checkpoint at step {step}, so there is nothing to delete.")
+    last = current(candidates)
+    for candidate in sorted(candidates, key=lambda found: found is last):
+        yield from bury(candidate.key, created)

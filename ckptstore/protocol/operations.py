@@ -1,0 +1,74 @@
+"""What the protocol asks of a store: operations that it yields, each atomic, or made of independent ones.
+
+Structs and not dataclasses: `import ckptstore` makes all of them, and a dataclass takes a millisecond to make.
+"""
+
+from collections.abc import Mapping
+
+from msgspec import Struct, field
+
+from ckptstore.deltas import Held
+from ckptstore.manifest import Session
+
+
+class List(Struct, frozen=True):
+    """-> list[ObjectInfo] of all keys that begin with one of `prefixes`."""
+
+    prefixes: tuple[str, ...]
+
+
+class Get(Struct, frozen=True):
+    """-> list[bytes | None], one for each key."""
+
+    keys: tuple[str, ...]
+
+
+class Create(Struct, frozen=True):
+    """-> bool: True if it is ours, False if the key existed."""
+
+    key: str
+    content: bytes
+
+
+class Put(Struct, frozen=True):
+    """-> None; replaces what is there."""
+
+    key: str
+    content: bytes
+
+
+class Open(Struct, frozen=True):
+    """-> None. Puts the session and keeps it beating until `Close`."""
+
+    session: Session
+
+
+class Close(Struct, frozen=True):
+    """-> None. Ends the beat and deletes the session."""
+
+    save: str
+
+
+class Upload(Struct, frozen=True):
+    """-> dict digest -> Uploaded. Encodes and puts the chunks of these digests under the save's own keys."""
+
+    save: str
+    digests: tuple[str, ...]
+    bases: Mapping[str, Held] = field(default_factory=dict)
+    """Digest -> a full chunk that it may be stored as the difference to, where that is clearly smaller."""
+
+
+class Uploaded(Struct, frozen=True):
+    """What became of a chunk: the length of its object, and whether it is the difference to its base."""
+
+    stored: int
+    is_delta: bool = False
+
+
+class Sync(Struct, frozen=True):
+    """-> None, when all of `keys` are durable, whoever put them."""
+
+    keys: tuple[str, ...]
+
+
+Operation = List | Get | Create | Put | Open | Close | Upload | Sync
