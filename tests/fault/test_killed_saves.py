@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ckptstore
+from ckptstore import chunk
 from ckptstore.format import ManifestKey
 from ckptstore.manifest import Ended, encode
 from ckptstore.objects.base import Objects
@@ -51,16 +52,27 @@ def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Ob
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("replace", [False, True], ids=["new-step", "replace"])
 def test_killed_at_any_call(new_place: Callable[[], Objects], how: Any, replace: bool) -> None:
+    kill_at_every_call(new_place, how, replace, "fast")
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("replace", [False, True], ids=["new-step", "replace"])
+def test_killed_at_any_call_of_a_save_of_differences(how: Any, replace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk, "DELTA_PAYS", 100.0)  # wherever there is a base
+    kill_at_every_call(lambda: open_objects(f"memory://{uuid.uuid4().hex}"), how, replace, "small")
+
+
+def kill_at_every_call(new_place: Callable[[], Objects], how: Any, replace: bool, codec: Any) -> None:
     committed = 0
     for fail_at in itertools.count(1):
         place = new_place()
-        run = ckptstore.Store(place).run("run")
+        run = ckptstore.Store(place, codec=codec).run("run")
         run.save(state(1), step=1)
         run.save(state(2), step=2)
         broken = FailingObjects(place, fail_at=fail_at, how=how, error=Killed, dead=True)
         new, step = state(3), 2 if replace else 3
         try:
-            ckptstore.Store(broken).run("run").save(new, step=step, replace=replace)
+            ckptstore.Store(broken, codec=codec).run("run").save(new, step=step, replace=replace)
         except Killed:
             pass
         else:
