@@ -4,6 +4,8 @@ Each round saves the state after another training step, so that nothing of it is
 """
 
 import os
+import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ TARGET = 0.8
 BASE = "torch.save + fsync"
 OURS = "ckptstore"
 OURS_FAST = "ckptstore[fast]"
+OURS_PLAIN = "ckptstore, codec none"
+OURS_UNCHANGED = "ckptstore, unchanged"
+DCP = "DCP FileSystemWriter, synced"
 
 
 def ask(folder: Path, rounds: int) -> Report:
@@ -25,6 +30,7 @@ def ask(folder: Path, rounds: int) -> Report:
     batches = real_batches(folder)
     with work_folder(folder) as work:
         run = ckptstore.Store(work / "store").run("lstm")
+        plain = ckptstore.Store(work / "plain", codec="none").run("lstm")
 
         def trained(number: int) -> None:
             training.train(
@@ -39,7 +45,26 @@ def ask(folder: Path, rounds: int) -> Report:
             trained(number)
             return timed_torch_save(work / f"{number}.pt", training)
 
-        measured = in_turn(rounds, {OURS: ours, BASE: theirs})
+        def uncompressed(number: int) -> Took:
+            trained(number)
+            return timed_save(plain, training)
+
+        def unchanged(number: int) -> Took:
+            """The newest state that was saved, as another step."""
+            state = training.state()
+            run.save(state, step=training.step)
+            with Stopwatch() as watch:
+                checkpoint = run.save(state, step=10_000 + number)
+            run.delete(checkpoint.step)  # the newest is to be one of those that train on
+            assert checkpoint.new_bytes == 0
+            return watch.took
+
+        def dcp(number: int) -> Took:
+            trained(number)
+            return timed_dcp_save(work / f"dcp-{number}", training)
+
+        variants = {OURS: ours, BASE: theirs, OURS_PLAIN: uncompressed, OURS_UNCHANGED: unchanged, DCP: dcp}
+        measured = in_turn(rounds, variants)
     return _report("in one training", measured, raw_bytes(training.state_dicts()))
 
 
@@ -97,6 +122,18 @@ def timed_torch_save(file: Path, training: Training) -> Took:
         for path in (file, file.parent):
             _fsync(path)
     file.unlink()
+    return watch.took
+
+
+def timed_dcp_save(folder: Path, training: Training) -> Took:
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that this is one process
+        with Stopwatch() as watch:
+            dcp.save(training.state_dicts(), storage_writer=writer)
+    shutil.rmtree(folder)
     return watch.took
 
 
