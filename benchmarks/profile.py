@@ -29,7 +29,7 @@ WRAPPED = {
     "ckptstore.segments:digest": "hash (find what is new)",
     "ckptstore.performing:digest_of": "hash again (did it change?)",
     "ckptstore.performing:encode_chunk": "encode: the rest",
-    "ckptstore.chunk:encode_planes": "encode: the rest",
+    "ckptstore.codec:Sampled.encode_planes": "encode: the rest",
     "ckptstore.chunk:_checksum": "checksum of compressed planes",
     "ckptstore.codec:_sample": "encode: take samples",
     "ckptstore.codec:split": "encode: split",
@@ -47,7 +47,7 @@ WRAPPED = {
     "ckptstore.chunk:decode_planes": "decode: the rest",
     "ckptstore.codec:merge": "decode: merge",
     "ckptstore.restoring:match": "match destination and checkpoint",
-    "ckptstore.restoring:_put_in_place": "hand over: load_state_dict",
+    "ckptstore.placement:Placement.put_in_place": "hand over: load_state_dict",
 }
 
 
