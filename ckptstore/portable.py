@@ -29,6 +29,7 @@ from ckptstore.errors import (
     NotFoundError,
     UnavailableError,
     UnsupportedFormatError,
+    retold,
 )
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
@@ -212,7 +213,7 @@ def _filled(objects: Objects, manifest: Manifest, threads: int, progress: Progre
         assembly.fill(objects, threads, count)
     except CorruptError as error:
         condemn_corrupt(objects, error)
-        raise
+        raise retold(error, f"{error}. Export another step; `ckptstore verify` lists all damage.") from error
     return assembly
 
 
