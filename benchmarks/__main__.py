@@ -13,7 +13,7 @@ from typing import Any
 if "--quick" in sys.argv:
     os.environ["CKPTSTORE_BENCHMARK_STEPS"] = "3"  # read by the imports that follow, here and in child processes
 
-from benchmarks import background, bucket, memory, profile, resave, restore, save, series, states, stored
+from benchmarks import background, bucket, finetune, memory, profile, resave, restore, save, series, states, stored
 from benchmarks.timing import Report
 
 Ask = Callable[[Path, int], Report]
@@ -25,6 +25,7 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "save": (save.ask, 9),
     "save-fresh": (save.ask_fresh, 7),
     "resave": (resave.ask, 5),
+    "fine-tune": (finetune.ask, 9),
     "async": (background.ask, 7),
     "memory": (memory.ask, 1),
     "series": (series.ask, 3),
@@ -33,7 +34,7 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "bucket-restore": (bucket.ask_restore, 5),
 }
 
-QUICK = ("stored", "restore", "save", "resave", "async")
+QUICK = ("stored", "restore", "save", "resave", "fine-tune", "async")
 
 
 def main() -> int:

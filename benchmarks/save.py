@@ -120,7 +120,7 @@ def timed_torch_save(file: Path, training: Training) -> Took:
     with Stopwatch() as watch:
         torch.save(training.state_dicts(), file)
         for path in (file, file.parent):
-            _fsync(path)
+            fsync(path)
     file.unlink()
     return watch.took
 
@@ -137,7 +137,7 @@ def timed_dcp_save(folder: Path, training: Training) -> Took:
     return watch.took
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
