@@ -74,6 +74,10 @@ class PendingSave:
         assert self._checkpoint is not None
         return self._checkpoint
 
+    def _is_under_way(self) -> bool:
+        """Whether it works in this process now."""
+        return self._thread.is_alive() and not self._is_of_another_process()
+
     def _is_of_another_process(self) -> bool:
         """Whether this is the copy that a fork made of a save under way: its thread did not come along."""
         return self._process != os.getpid() and self._checkpoint is None and self._error is None

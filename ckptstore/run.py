@@ -135,7 +135,7 @@ class Run:
             raise InvalidInputError(f"if_busy must be 'wait' or 'skip', not {if_busy!r}.")
         number = check_step(step)
         earlier = self._shared.pending
-        if if_busy == "skip" and earlier is not None and not earlier.done():
+        if if_busy == "skip" and earlier is not None and earlier._is_under_way():
             return earlier
 
         with self._turn():

@@ -148,6 +148,34 @@ def test_a_forked_process_never_says_that_the_save_of_its_parent_is_done(place: 
     assert pending.result().step == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_process_does_not_skip_its_saves_for_that_of_its_parent(tmp_path: Path) -> None:
+    script = """
+        import os, sys, threading, torch, ckptstore
+        from ckptstore.objects.local import LocalObjects
+        go = threading.Event()
+        class Slow(LocalObjects):
+            def put(self, key, content):
+                if key.startswith("chunks/"):
+                    go.wait(30)
+                super().put(key, content)
+        run = ckptstore.Store(Slow(sys.argv[1])).run("run")
+        pending = run.save_async({"x": torch.ones(3)}, step=1)
+        child = os.fork()
+        if child == 0:
+            go.set()
+            saved = run.save_async({"x": torch.zeros(3)}, step=2, if_busy="skip")
+            os._exit(0 if saved.result().step == 2 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        go.set()
+        pending.result()
+    """
+    child(script, tmp_path / "store")
+    run = ckptstore.Store(tmp_path / "store").run("run")
+    assert run.load(1)["x"].tolist() == [1, 1, 1]
+    assert run.load(2)["x"].tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     "call",
     [
