@@ -18,6 +18,8 @@ TARGET = 0.7
 BASE = "torch.load"
 OURS = "ckptstore (verified)"
 OURS_FAST = "ckptstore[fast] (verified)"
+OURS_PLAIN = "ckptstore, codec none"
+OURS_PART = "ckptstore, the model alone"
 
 
 def ask(folder: Path, rounds: int) -> Report:
@@ -25,7 +27,8 @@ def ask(folder: Path, rounds: int) -> Report:
     with work_folder(folder) as work:
         training = Training.resumed(file)
         ckptstore.Store(work / "store").run("lstm").save(training.state(), step=STEPS)
-        for path in [file, *(work / "store").rglob("*")]:
+        ckptstore.Store(work / "plain", codec="none").run("lstm").save(training.state(), step=STEPS)
+        for path in [file, *(work / "store").rglob("*"), *(work / "plain").rglob("*")]:
             if path.is_file():
                 path.read_bytes()  # into the page cache
 
@@ -34,6 +37,8 @@ def ask(folder: Path, rounds: int) -> Report:
         variants = {
             OURS: lambda _: restoring(kernels="numpy"),
             OURS_FAST: lambda _: restoring(kernels="numba"),
+            OURS_PLAIN: lambda _: fresh("benchmarks.restore:our_restore", store=str(work / "plain"), kernels="numpy"),
+            OURS_PART: lambda _: restoring(kernels="numpy", part=True),
             BASE: lambda _: loading(),
             "torch.load(mmap=True)": lambda _: loading(mmap=True),
             "torch.load(weights_only=False)": lambda _: loading(weights_only=False),
@@ -43,15 +48,16 @@ def ask(folder: Path, rounds: int) -> Report:
     return Report(QUESTION, rows, target(f"speed / that of {BASE} is", rows[0].figures["speed"], at_least=TARGET))
 
 
-def our_restore(store: str, kernels: str) -> Took:
+def our_restore(store: str, kernels: str, part: bool = False) -> Took:
     import ckptstore.restoring
 
     use_kernels(kernels)
     training = Training.fresh()
     run = ckptstore.Store(store).run("lstm")
+    destination = {"model": training.model} if part else {"model": training.model, "optimizer": training.optimizer}
     with Stopwatch() as watch:
-        checkpoint = run.restore({"model": training.model, "optimizer": training.optimizer})
-    assert checkpoint is not None and len(training.optimizer.state) == 7
+        checkpoint = run.restore(destination)
+    assert checkpoint is not None and len(training.optimizer.state) == (0 if part else 7)
     return watch.took
 
 
