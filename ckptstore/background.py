@@ -124,6 +124,8 @@ _under_way: set[PendingSave] = set()
 def _finish_all() -> None:
     """Wait for what is under way, and print what failed and was never asked for."""
     for pending in sorted(_under_way, key=lambda pending: pending.step):
+        if pending._thread.ident is None:
+            continue  # it could not be started, which its caller was told
         pending._thread.join()
         if pending._error is not None and not pending._told:
             print(

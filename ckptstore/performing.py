@@ -104,7 +104,9 @@ class Performer:
                 return self._objects.put(key, content)
             case protocol.Open(session):
                 self._objects.put(session_key(session.save), encode(session))
+                # Known before it starts: an interrupt must not leave one that nobody can stop.
                 self._heart = _Heart(self._objects, session)
+                self._heart.start()
             case protocol.Close(save_id):
                 self._stop_heart()
                 self._objects.delete(session_key(save_id))
@@ -118,14 +120,20 @@ class Performer:
         return [row for rows in found for row in rows]
 
     def _upload(self, save_id: str, digests: Sequence[str], bases: Mapping[str, Held]) -> dict[str, protocol.Uploaded]:
-        def fetched(name: str) -> tuple[str, bytes | None]:
-            return name, self._objects.get(bases[name].key) if name in bases else None
+        def fetched(name: str) -> tuple[str, bool, bytes | None]:
+            if name not in bases:
+                return name, False, None
+            try:
+                return name, True, self._objects.get(bases[name].key)
+            except UnavailableError:  # such as a bad sector below the base: no reason for a save to fail
+                return name, False, None
 
-        def encoded(pair: tuple[str, bytes | None]) -> tuple[str, Any, bool]:
-            name, base_content = pair
+        def encoded(taken: tuple[str, bool, bytes | None]) -> tuple[str, Any, bool, str | None]:
+            name, was_read, base_content = taken
             chunk = self._chunks[name]
             raw = chunk.read()
-            base = self._base(bases[name], base_content) if name in bases else None
+            base = self._base(bases[name], base_content) if was_read else None
+            damaged = bases[name].key if was_read and base is None else None
             content = None if base is None else encode_delta(raw, chunk.element, base)
             is_delta = content is not None
             if content is None:
@@ -136,12 +144,12 @@ class Performer:
                     "the state changed while it was saved, so nothing was committed. Do not train on in another "
                     "thread during run.save(…), or use run.save_async(…), which copies the state first."
                 )
-            return name, content, is_delta
+            return name, content, is_delta, damaged
 
-        def put(made: tuple[str, Any, bool]) -> protocol.Uploaded:
-            name, content, is_delta = made
+        def put(made: tuple[str, Any, bool, str | None]) -> protocol.Uploaded:
+            name, content, is_delta, damaged = made
             self._objects.put(chunk_key(name, save_id, is_delta=is_delta), memoryview(content))
-            return protocol.Uploaded(len(content), is_delta)
+            return protocol.Uploaded(len(content), is_delta, damaged)
 
         if bases and self._objects.gets_wait:
             stages = [Stage(fetched, self._objects.request_threads), Stage(encoded, self._threads)]
@@ -196,6 +204,8 @@ class _Heart:
         self._session = session
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="ckptstore-heart", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def _beat(self) -> None:
@@ -208,4 +218,5 @@ class _Heart:
     def stop(self) -> None:
         """Return when no beat is under way any more: none may put the session back after it was deleted."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()

@@ -56,8 +56,9 @@ def _load(*, must: bool) -> None:
     global _used
     try:
         _used = importlib.import_module("ckptstore.kernels.with_numba")
-    except (ImportError, RuntimeError) as error:
-        # Not installed, or no folder that Numba may write its cache to; compiling anew each time does not pay.
+    except Exception as error:
+        # Not installed; or no folder that Numba may write its cache to; or a cache that is damaged or on a full disk,
+        # of which reading a pickle may raise anything. NumPy does the same.
         if must:
             raise InvalidInputError(
                 f"{VARIABLE}=numba, and Numba cannot be used: {error}. Install it (pip install 'ckptstore[fast]'), or "

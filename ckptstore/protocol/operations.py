@@ -63,6 +63,8 @@ class Uploaded(Struct, frozen=True):
 
     stored: int
     is_delta: bool = False
+    damaged: str | None = None
+    """The key of its base, if that turned out to be damaged."""
 
 
 class Sync(Struct, frozen=True):

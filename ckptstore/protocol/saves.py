@@ -167,6 +167,16 @@ def _assemble(request: SaveRequest, found: _Found) -> Generator[Operation, Any, 
             base = bases[name] if uploaded[name].is_delta else None
             held[name] = Held(name, request.save, request.chunks[name], uploaded[name].stored, base)
             new_bytes += uploaded[name].stored
+        # What turned out damaged on the way is not to be needed by any chunk of this checkpoint.
+        damaged = {each.damaged for each in uploaded.values() if each.damaged}
+        again = [name for name, chunk in held.items() if not _is_sound(chunk, damaged)]
+        if again:
+            uploaded = yield Upload(request.save, tuple(again))
+            for name in again:
+                held[name] = Held(name, request.save, request.chunks[name], uploaded[name].stored)
+                new_bytes += uploaded[name].stored
+            missing += [name for name in again if name not in missing]
+            listed = [key for key in listed if key not in damaged]
     # What was found in a listing may have been put by a save that has not made it durable yet. What stands in a
     # manifest is durable, and so is what it stands on.
     yield Sync((*listed, *(held[name].key for name in missing)))

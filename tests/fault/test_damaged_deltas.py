@@ -166,3 +166,40 @@ def test_a_full_chunk_and_a_delta_in_the_place_of_each_other_are_damage(store: D
     key = f"{prefix}ab/{digest}.{'c' * 32}"
     store.place.put(key, content)
     assert [found.key for found in ckptstore.Store(store.place).verify().damaged] == [key]
+
+
+def test_a_save_that_finds_a_chunk_damaged_does_not_take_it_up_for_another_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A policy and its frozen copy are one chunk until the policy trains: then it is base and chunk in one."""
+    monkeypatch.setattr(chunk, "DELTA_PAYS", 100.0)
+    place = MemoryObjects(f"memory://{uuid.uuid4().hex}")
+    run = ckptstore.Store(place, codec="small").run("run")
+    weight = torch.randn(200, 200)
+    [ref] = run.save({"policy": weight, "frozen": weight.clone()}, step=0)._manifest.chunks
+    content = bytearray(place.get(ref.key) or b"")
+    content[90] ^= 1
+    place.put(ref.key, bytes(content))
+    with pytest.warns(CheckpointWarning, match="This save does not need them"):
+        saved = run.save({"policy": weight * 1.0001, "frozen": weight}, step=1)
+    assert ref.key not in {each.key for each in saved._manifest.chunks}
+    loaded = run.load(1)
+    assert torch.equal(loaded["frozen"], weight)
+    assert torch.equal(loaded["policy"], weight * 1.0001)
+    assert saved.new_bytes == saved.stored_bytes
+
+
+def test_a_base_that_cannot_be_read_is_no_reason_for_a_save_to_fail(
+    store: DeltaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BadSector(MemoryObjects):
+        def get(self, key: str) -> bytes | None:
+            if key.startswith("chunks/"):
+                raise ckptstore.UnavailableError("input/output error")
+            return super().get(key)
+
+    monkeypatch.setattr(chunk, "DELTA_PAYS", 100.0)
+    run = ckptstore.Store(BadSector(store.place.url), codec="small").run("run")
+    assert all(ref.base is None for ref in run.save(state(4), step=4)._manifest.chunks)
+    assert store.place.list("condemned/") == []
+    assert torch.equal(store.run.load(4)["weight"], state(4)["weight"])

@@ -200,3 +200,14 @@ def test_a_process_that_is_forked_while_numba_is_loaded_does_not_hang(undecided:
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("error", [EOFError("a cache cut off"), OSError(28, "no space left on device")])
+def test_a_damaged_cache_of_numba_is_no_reason_to_fail(undecided: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(name: str) -> Any:
+        raise error
+
+    undecided.setattr(importlib, "import_module", fail)
+    compiled.expect(compiled.WORTH_BYTES)
+    assert compiled.loaded().__name__.endswith("with_numpy")
+    assert compiled._is_decided

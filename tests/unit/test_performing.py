@@ -144,3 +144,20 @@ def test_what_is_under_way_is_bounded_by_its_bytes(
         run.save(state, step=1)
     assert len(weights) == 8
     assert all(weight >= 65536 for weight in weights)  # what a chunk holds at least while it is under way
+
+
+def test_an_interrupt_while_the_heart_is_started_leaves_none_that_beats(
+    place: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "ckptstore-heart":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ckptstore.Store(place).run("run").save({"x": torch.ones(3)}, step=1)
+    assert not any(thread.name == "ckptstore-heart" for thread in threading.enumerate())
