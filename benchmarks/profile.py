@@ -29,6 +29,7 @@ WRAPPED = {
     "ckptstore.segments:digest": "hash (find what is new)",
     "ckptstore.performing:digest_of": "hash again (did it change?)",
     "ckptstore.performing:encode_chunk": "encode: the rest",
+    "ckptstore.performing:encode_over": "encode: the rest",
     "ckptstore.codec:Sampled.encode_planes": "encode: the rest",
     "ckptstore.chunk:_checksum": "checksum of compressed planes",
     "ckptstore.codec:_sample": "encode: take samples",

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptstore.decoding import decode_chain
-from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, retold
+from ckptstore.decoding import decode_chain, get_chain
+from ckptstore.errors import CorruptError, InvalidInputError, retold
 from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest
 from ckptstore.objects.base import Objects
@@ -94,7 +94,7 @@ class Assembly:
 
         def fetch(job: _Job) -> tuple[_Job, list[bytes]]:
             with self._named(job):
-                return job, [_get(objects, ref) for ref in job.chain]
+                return job, get_chain(objects, job.chain)
 
         def write(fetched: tuple[_Job, list[bytes]]) -> None:
             job, contents = fetched
@@ -104,7 +104,7 @@ class Assembly:
                     _write(job, contents)
                 except CorruptError:
                     # Once more: it may be the way, not the object, that is bad. If not, which object it is.
-                    _write(job, [_get(objects, ref) for ref in job.chain], verify_each=True)
+                    _write(job, get_chain(objects, job.chain), verify_each=True)
 
         jobs = self._jobs()
         compiled.expect(sum(len(job.chain) * job.raw for job in jobs))
@@ -193,15 +193,6 @@ def _new_memory(length: int) -> ByteArray:
     room = np.empty(length + _ALIGNMENT, np.uint8)
     start = -room.ctypes.data % _ALIGNMENT
     return room[start : start + length]
-
-
-def _get(objects: Objects, ref: ChunkRef) -> bytes:
-    content = objects.get(ref.key)
-    if content is None:
-        error = MissingChunkError("it is not in the store (deleted by hand, by a life-cycle rule, or by a collection)")
-        error.key = ref.key
-        raise error
-    return content
 
 
 def _write(job: _Job, contents: Sequence[bytes], *, verify_each: bool = False) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ckptstore.codec import Mode, Plane, Sampled, as_it_is, decode_planes
 from ckptstore.errors import CorruptError
-from ckptstore.format import MAX_CHUNK_BYTES, Codec
+from ckptstore.format import MAX_CHUNK_BYTES, MAX_OVERHEAD_BYTES, Codec
 from ckptstore.kernels import PLANE_WIDTHS, ByteArray
 
 MAGIC = b"\x89CKPTCH\n"
@@ -52,13 +52,16 @@ def encode(raw: ByteArray, element_size: int, codec: Codec = "fast") -> ByteArra
     return _encode(Sampled(raw, _fitting(raw, element_size)), None)
 
 
-def encode_delta(raw: ByteArray, element_size: int, base: Base) -> ByteArray | None:
-    """The delta object of `raw` to a base of the same length; None if it would not be clearly smaller than in full."""
+def encode_over(raw: ByteArray, element_size: int, base: Base) -> tuple[ByteArray, bool]:
+    """The object of `raw` as a delta to a base of the same length, or in full where that is not clearly larger.
+
+    Returns the object, and whether it is a delta.
+    """
     element_size = _fitting(raw, element_size)
-    delta = Sampled(raw, element_size, base.raw)
-    if delta.shrinks_to > DELTA_PAYS * Sampled(raw, element_size).shrinks_to:
-        return None
-    return _encode(delta, base)
+    full, delta = Sampled(raw, element_size), Sampled(raw, element_size, base.raw)
+    if delta.shrinks_to > DELTA_PAYS * full.shrinks_to:
+        return _encode(full, None), False
+    return _encode(delta, base), True
 
 
 def decode(content: bytes, expected_digest: str | None, out: ByteArray, base: Base | None = None) -> None:
@@ -183,6 +186,8 @@ def _parse(content: bytes) -> _Parsed:
     header = content[:_CHECKSUM_AT] + _NO_CHECKSUM + content[_HEADER.size : start]
     if _checksum(header, planes) != checksum:
         raise CorruptError("its checksum does not match its content")
+    if len(content) > raw_bytes + MAX_OVERHEAD_BYTES + table_at - _HEADER.size:
+        raise CorruptError(f"it has {len(content)} bytes, more than {raw_bytes} raw bytes ever take")
     base_digest = content[_HEADER.size : table_at].hex() if is_delta(content) else None
     return _Parsed(raw_bytes, element_size, base_digest, planes)
 

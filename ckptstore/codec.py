@@ -102,13 +102,6 @@ def as_it_is(raw: ByteArray) -> Plane:
     return Plane(Mode.RAW, raw) if raw.any() else Plane(Mode.ZERO, raw[:0])
 
 
-def encode_planes(
-    raw: ByteArray, element_size: int, room: ByteArray | None = None, base: ByteArray | None = None
-) -> list[Plane]:
-    """Sample and encode in one go: see `Sampled`."""
-    return Sampled(raw, element_size, base).encode_planes(room)
-
-
 def decode_planes(
     planes: list[Plane],
     element_size: int,

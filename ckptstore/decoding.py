@@ -1,13 +1,28 @@
-"""A chunk object, and those that it stands on -> its raw bytes. Knows references and contents, no storage."""
+"""A chunk object, and those that it stands on: fetched, and decoded to raw bytes."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from ckptstore import chunk
-from ckptstore.errors import CorruptError
+from ckptstore.errors import CorruptError, MissingChunkError
 from ckptstore.kernels import ByteArray
 from ckptstore.manifest import ChunkRef
+from ckptstore.objects.base import Objects
+
+
+def get_chain(objects: Objects, chain: Sequence[ChunkRef]) -> list[bytes]:
+    """The objects of a chain. Raises MissingChunkError with the `key` of one that is not there, UnavailableError."""
+    return [_get(objects, ref) for ref in chain]
+
+
+def _get(objects: Objects, ref: ChunkRef) -> bytes:
+    content = objects.get(ref.key)
+    if content is None:
+        error = MissingChunkError("it is not in the store (deleted by hand, by a life-cycle rule, or by a collection)")
+        error.key = ref.key
+        raise error
+    return content
 
 
 def decode_chain(

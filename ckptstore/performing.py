@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from ckptstore import protocol
-from ckptstore.chunk import Base, encode_delta
+from ckptstore.chunk import Base, encode_over
 from ckptstore.chunk import decode as decode_chunk
 from ckptstore.chunk import digest as digest_of
 from ckptstore.chunk import encode as encode_chunk
@@ -134,10 +134,10 @@ class Performer:
             raw = chunk.read()
             base = self._base(bases[name], base_content) if was_read else None
             damaged = bases[name].key if was_read and base is None else None
-            content = None if base is None else encode_delta(raw, chunk.element, base)
-            is_delta = content is not None
-            if content is None:
-                content = encode_chunk(raw, chunk.element, self._codec)
+            if base is None:
+                content, is_delta = encode_chunk(raw, chunk.element, self._codec), False
+            else:
+                content, is_delta = encode_over(raw, chunk.element, base)
             # After the encoding, so that nothing that was written meanwhile goes unseen.
             if not chunk.private and digest_of(raw) != name:
                 raise InvalidInputError(

@@ -8,7 +8,7 @@ import numpy as np
 from ckptstore import chunk as chunks
 from ckptstore.catalog import read_marker
 from ckptstore.condemning import condemn_keys
-from ckptstore.decoding import decode_chain
+from ckptstore.decoding import decode_chain, get_chain
 from ckptstore.errors import CheckpointError, CorruptError, UnsupportedFormatError
 from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, MARKER_KEY, RUNS, SESSIONS, ChunkKey, ManifestKey, run_prefix
 from ckptstore.kernels import compiled
@@ -179,7 +179,7 @@ def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int]) -> list[_Wa
 
 def _check_chunk(objects: Objects, wanted: _Wanted) -> None:
     if wanted.chain:
-        contents = [_get(objects, ref) for ref in wanted.chain]
+        contents = get_chain(objects, wanted.chain)
         decode_chain(wanted.chain, contents, np.empty(wanted.chain[-1].raw, np.uint8), verify_each=True)
         return
     content = objects.get(str(wanted.key))
@@ -192,15 +192,6 @@ def _check_chunk(objects: Objects, wanted: _Wanted) -> None:
             raise CorruptError("it is a delta among full chunks, or the other way round")
         if not wanted.key.is_delta:  # the base of a delta only a manifest names
             chunks.decode(content, wanted.key.digest, np.empty(raw_bytes, np.uint8))
-
-
-def _get(objects: Objects, ref: ChunkRef) -> bytes:
-    content = objects.get(ref.key)
-    if content is None:
-        error = CorruptError("it is not in the store")
-        error.key = ref.key
-        raise error
-    return content
 
 
 def _report_chunks(

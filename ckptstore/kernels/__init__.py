@@ -5,7 +5,8 @@ bytes, one of byte 2 and one of byte 3 (`PLANE_WIDTHS`). The low half of a float
 so splitting it further would cost time for nothing (docs/decisions/0003-halving-planes.md).
 
 Works in blocks that stay in the L2 cache, each of them handed to NumPy, or to the same loops compiled by Numba
-(`compiled`), which are four times as fast and take most of a second to load (docs/decisions/0010-kernels.md).
+(`compiled`), which are four times as fast and take most of a second to load
+(docs/decisions/0010-kernels-in-numpy-and-numba.md).
 """
 
 from collections.abc import Callable

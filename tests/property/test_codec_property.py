@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptstore.chunk import decode, digest, encode
-from ckptstore.codec import decode_planes, encode_planes
+from ckptstore.codec import Sampled, decode_planes
 from ckptstore.errors import CorruptError
 from ckptstore.kernels import PLANE_WIDTHS, ByteArray, merge, split
 
@@ -67,7 +67,7 @@ def test_merge_is_the_inverse_of_split(raw: ByteArray, element_size: int) -> Non
 @given(raw_bytes(), ELEMENT_SIZES)
 def test_planes_are_decoded_to_what_was_encoded_and_are_no_longer(raw: ByteArray, element_size: int) -> None:
     raw = np.resize(raw, max(len(raw) // element_size, 1) * element_size)
-    planes = encode_planes(raw, element_size)
+    planes = Sampled(raw, element_size).encode_planes()
     out = np.empty(len(raw), np.uint8)
     decode_planes(planes, element_size, out)
     assert np.array_equal(out, raw)

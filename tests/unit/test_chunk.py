@@ -5,6 +5,7 @@ import struct
 import blake3
 import numpy as np
 import pytest
+import zstandard
 
 from ckptstore import chunk
 from ckptstore.chunk import decode, digest, encode, raw_length
@@ -206,3 +207,13 @@ def test_a_tiny_chunk_that_claims_a_gigabyte_says_so_before_anything_is_allocate
 
 def test_the_layout_is_as_long_as_the_document_says() -> None:
     assert (chunk._HEADER.size, chunk._PLANE.size, chunk._CHECKSUM_AT) == (HEADER_BYTES, PLANE_BYTES, CHECKSUM_AT)
+
+
+def test_a_chunk_longer_than_its_bytes_ever_take_is_corrupt() -> None:
+    """A plane of empty zstd blocks would let a byte take any room."""
+    empty_blocks = bytes(3) * 60
+    frame = zstandard.compress(b"a")
+    padded = frame[:-4] + empty_blocks + frame[-4:]
+    content = sealed(header((1, bytes(7), len(padded)), raw_bytes=1), padded, hashed=padded)
+    with pytest.raises(CorruptError, match="more than 1 raw bytes ever take"):
+        decoded(content, digest(b"a"), 1)

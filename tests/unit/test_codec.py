@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from ckptstore import codec
-from ckptstore.codec import Mode, Plane, decode_planes, encode_planes
+from ckptstore.codec import Mode, Plane, Sampled, decode_planes
 from ckptstore.errors import CorruptError
 from ckptstore.kernels import PLANE_WIDTHS, ByteArray
 
@@ -33,7 +33,7 @@ def decoded(planes: list[Plane], element_size: int, length: int) -> bytes:
 
 
 def modes(raw: ByteArray, element_size: int) -> list[Mode]:
-    return [plane.mode for plane in encode_planes(raw, element_size)]
+    return [plane.mode for plane in Sampled(raw, element_size).encode_planes()]
 
 
 @pytest.mark.parametrize("element_size", SIZES)
@@ -44,7 +44,7 @@ def test_noise_is_stored_as_it_is(element_size: int) -> None:
 
 @pytest.mark.parametrize("element_size", SIZES)
 def test_zeros_take_no_bytes(element_size: int) -> None:
-    planes = encode_planes(np.zeros(4096 * element_size, np.uint8), element_size)
+    planes = Sampled(np.zeros(4096 * element_size, np.uint8), element_size).encode_planes()
     assert {plane.mode for plane in planes} == {Mode.ZERO}
     assert sum(len(plane.stored) for plane in planes) == 0
 
@@ -62,7 +62,7 @@ def test_small_whole_numbers_leave_only_their_lowest_half() -> None:
 def test_one_byte_that_no_sample_sees_keeps_a_plane_from_counting_as_zeros() -> None:
     raw = np.zeros(1_000_000, np.uint8)
     raw[123_457] = 1
-    planes = encode_planes(raw, 1)
+    planes = Sampled(raw, 1).encode_planes()
     assert planes[0].mode is Mode.ZSTD
     assert decoded(planes, 1, len(raw)) == raw.tobytes()
 
@@ -79,14 +79,14 @@ def test_a_sample_that_promised_too_much_leaves_the_plane_raw() -> None:
 def test_what_is_stored_is_never_longer_than_the_plane(element_size: int) -> None:
     for count in [*range(1, 40), 1000]:
         raw = RANDOM.integers(0, 256, count * element_size, np.uint8)
-        for found, width in zip(encode_planes(raw, element_size), PLANE_WIDTHS[element_size], strict=True):
+        for found, width in zip(Sampled(raw, element_size).encode_planes(), PLANE_WIDTHS[element_size], strict=True):
             assert len(found.stored) <= count * width
 
 
 def test_encoding_does_not_change_what_it_reads() -> None:
     raw = RANDOM.integers(0, 3, 4096, np.uint8)
     raw.flags.writeable = False
-    assert decoded(encode_planes(raw, 4), 4, 4096) == raw.tobytes()
+    assert decoded(Sampled(raw, 4).encode_planes(), 4, 4096) == raw.tobytes()
 
 
 def test_threads_do_not_share_zstd_contexts() -> None:
@@ -95,7 +95,7 @@ def test_threads_do_not_share_zstd_contexts() -> None:
 
     def work(number: int) -> None:
         for _ in range(10):
-            if decoded(encode_planes(raw[number], 4), 4, len(raw[number])) != raw[number].tobytes():
+            if decoded(Sampled(raw[number], 4).encode_planes(), 4, len(raw[number])) != raw[number].tobytes():
                 wrong.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
@@ -211,7 +211,7 @@ def test_a_bomb_that_lies_about_its_size_is_stopped_at_that_size() -> None:
 def test_a_whole_chunk_is_decoded_within_twice_its_length() -> None:
     """Once for `out`, once for the planes."""
     length = 2**24
-    planes = encode_planes(as_bytes(RANDOM.integers(0, 2**20, length // 8).astype("<i8")), 8)
+    planes = Sampled(as_bytes(RANDOM.integers(0, 2**20, length // 8).astype("<i8")), 8).encode_planes()
     out = np.empty(length, np.uint8)
     tracemalloc.start()
     decode_planes(planes, 8, out)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ckptstore import chunk
-from ckptstore.chunk import Base, decode, digest, encode, encode_delta, is_delta, raw_length
+from ckptstore.chunk import Base, decode, digest, encode, encode_over, is_delta, raw_length
 from ckptstore.errors import CorruptError
 from ckptstore.kernels import PLANE_WIDTHS, ByteArray
 
@@ -26,8 +26,8 @@ def stepped(base: ByteArray, element_size: int) -> ByteArray:
 
 
 def delta(raw: ByteArray, element_size: int, base: ByteArray) -> bytes:
-    content = encode_delta(raw, element_size, Base(digest(base), base))
-    assert content is not None
+    content, is_smaller = encode_over(raw, element_size, Base(digest(base), base))
+    assert is_smaller
     return content.tobytes()
 
 
@@ -57,12 +57,16 @@ def test_a_delta_of_a_small_change_is_smaller_than_the_chunk(element_size: int) 
 
 def test_what_has_nothing_in_common_with_the_base_is_no_delta() -> None:
     base = noise(80_000)
-    assert encode_delta(noise(80_000, seed=9), 4, Base(digest(base), base)) is None
+    raw = noise(80_000, seed=9)
+    content, is_smaller = encode_over(raw, 4, Base(digest(base), base))
+    assert not is_smaller
+    assert content.tobytes() == encode(raw, 4).tobytes()
 
 
 def test_what_compresses_better_as_it_is_is_no_delta() -> None:
     base = noise(80_000)
-    assert encode_delta(np.zeros(80_000, np.uint8), 4, Base(digest(base), base)) is None
+    _, is_smaller = encode_over(np.zeros(80_000, np.uint8), 4, Base(digest(base), base))
+    assert not is_smaller
 
 
 def damaged(content: bytes) -> list[bytes]:
