@@ -5,6 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+EXPLORE_ARGS ?=
 DEMO_ARGS ?=
 # Where pip looks as well, such as PyTorch's index of CPU-only builds (PyPI's build for Linux brings CUDA along).
 TORCH_INDEX ?=
@@ -16,7 +17,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
               $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench coverage clean
+.PHONY: help venv demo test check format bench explore coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -60,6 +61,9 @@ format: venv  ## format the code and mend what can be mended
 
 bench: venv  ## run the benchmarks (BENCH_ARGS=...)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+explore: venv  ## walk every interleaving of saves, deletes and collections (some minutes, some GB of memory)
+	@$(BIN)/python -m tests.explorer $(EXPLORE_ARGS)
 
 coverage: venv  ## run the tests and show which lines none of them reaches
 	@$(BIN)/coverage erase

@@ -7,10 +7,12 @@ right to write, so a mark that cannot be made is no error.
 import contextlib
 from collections.abc import Iterable
 
+from ckptstore import protocol
 from ckptstore.errors import CorruptError, UnavailableError
-from ckptstore.format import CONDEMNED, condemned_key, new_save_id
-from ckptstore.manifest import Condemned, decode_condemned, encode, format_naming
+from ckptstore.format import condemned_key, new_save_id
+from ckptstore.manifest import Condemned, encode, format_naming
 from ckptstore.objects.base import Objects
+from ckptstore.performing import Performer
 from ckptstore.writer import now_text
 
 
@@ -26,7 +28,7 @@ def condemn_keys(objects: Objects, keys: Iterable[str]) -> bool:
         return True
     with contextlib.suppress(UnavailableError):
         # Every save reads every list, so what is marked already is not marked again.
-        named = sorted(wanted - _marked(objects))
+        named = sorted(wanted - marked_corrupt(objects))
         mark = new_save_id()
         condemned = Condemned(
             format=format_naming(named), collection=mark, reason="corrupt", created=now_text(), keys=named
@@ -35,13 +37,7 @@ def condemn_keys(objects: Objects, keys: Iterable[str]) -> bool:
     return False
 
 
-def _marked(objects: Objects) -> set[str]:
-    """The keys that stand in a list with the reason `corrupt` already."""
-    marked: set[str] = set()
-    for row in objects.list(CONDEMNED):
-        with contextlib.suppress(CorruptError):
-            content = objects.get(row.key)
-            condemned = None if content is None else decode_condemned(content, row.key)
-            if condemned is not None and condemned.reason == "corrupt":
-                marked |= set(condemned.keys)
-    return marked
+def marked_corrupt(objects: Objects) -> set[str]:
+    """The chunk keys that were found corrupt or missing; lists that cannot be read count as empty."""
+    lists = Performer(objects).perform(protocol.read_condemned())
+    return {key for each in lists if each is not None and each.reason == "corrupt" for key in each.keys}

@@ -39,12 +39,16 @@ CHUNKS = "chunks/"
 DELTAS = "deltas/"
 RUNS = "runs/"
 CONDEMNED = "condemned/"
+TAGS = "tags/"
+SCRATCH = "scratch/"
+"""What trials of a backend write, and delete again."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SAVE_ID = re.compile(r"[0-9a-f]{32}")
 RUN_NAME = r"[A-Za-z0-9_][A-Za-z0-9._+=,-]{0,127}"
 _RUN_NAME = re.compile(RUN_NAME)
 _CHUNK_KEY = re.compile(r"(chunks/|deltas/)([0-9a-f]{2})/([0-9a-f]{64})\.([0-9a-f]{32})")
+_TAG_KEY = re.compile(r"tags/([^/]+)/([0-9]{20})/([^/]+)\.json")
 _MANIFEST_KEY = re.compile(r"runs/([^/]+)/([0-9]{20})\.([0-9a-f]{32})\.json")
 
 
@@ -76,6 +80,17 @@ def check_run_name(name: object) -> str:
     return name
 
 
+def check_tag(name: object) -> str:
+    """Return `name`, or raise InvalidInputError that says what a tag may be called."""
+    if not is_run_name(name):
+        raise InvalidInputError(
+            f"{name!r} cannot be a tag: use 1 to 128 letters, digits and . _ + = , - with a letter, a digit or _ first "
+            "(no slash, no space), such as 'best'."
+        )
+    assert isinstance(name, str)
+    return name
+
+
 def check_step(step: object) -> int:
     """Return `step` as an int, or raise InvalidInputError. A bool, a float or a negative number is no step."""
     try:
@@ -94,6 +109,12 @@ def session_key(save_id: str) -> str:
     return f"{SESSIONS}{save_id}.json"
 
 
+def session_of(key: str) -> str | None:
+    """The save id in a session's key; None if it is none."""
+    save_id = key.removeprefix(SESSIONS).removesuffix(".json")
+    return save_id if is_save_id(save_id) and key == session_key(save_id) else None
+
+
 def condemned_key(collection_id: str) -> str:
     return f"{CONDEMNED}{collection_id}.json"
 
@@ -104,6 +125,10 @@ def chunk_key(digest: str, save_id: str, *, is_delta: bool = False) -> str:
 
 def run_prefix(run: str) -> str:
     return f"{RUNS}{run}/"
+
+
+def tag_prefix(run: str) -> str:
+    return f"{TAGS}{run}/"
 
 
 def manifest_key(run: str, step: int, save_id: str) -> str:
@@ -144,5 +169,24 @@ class ManifestKey:
     def parse(cls, key: str) -> "ManifestKey | None":
         match = _MANIFEST_KEY.fullmatch(key)
         if match is None or not is_run_name(match[1]) or int(match[2]) > MAX_STEP:
+            return None
+        return cls(match[1], int(match[2]), match[3])
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TagKey:
+    """The parts of a tag's key: run, step and the tag."""
+
+    run: str
+    step: int
+    tag: str
+
+    def __str__(self) -> str:
+        return f"{TAGS}{self.run}/{self.step:020d}/{self.tag}.json"
+
+    @classmethod
+    def parse(cls, key: str) -> "TagKey | None":
+        match = _TAG_KEY.fullmatch(key)
+        if match is None or not is_run_name(match[1]) or not is_run_name(match[3]) or int(match[2]) > MAX_STEP:
             return None
         return cls(match[1], int(match[2]), match[3])

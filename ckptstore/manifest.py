@@ -25,6 +25,7 @@ from ckptstore.format import (
     RUN_NAME,
     ChunkKey,
     ManifestKey,
+    TagKey,
     chunk_key,
     condemned_key,
     session_key,
@@ -188,6 +189,17 @@ class Condemned(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     keys: list[str]
 
 
+class Tag(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`tags/<run>/<step>/<tag>.json`: that a step has this tag. What counts is that it is there."""
+
+    format: int = FORMAT_VERSION
+    run: RunName
+    step: Step
+    tag: RunName
+    created: Time
+    writer: Writer
+
+
 def format_naming(keys: Iterable[str]) -> int:
     """The version of a manifest or condemned list that names these chunk keys."""
     return DELTA_FORMAT_VERSION if any(key.startswith(DELTAS) for key in keys) else FORMAT_VERSION
@@ -198,7 +210,7 @@ def content_digest(tree: Any, segments: list[Segment], digests: list[str]) -> st
     return blake3.blake3(msgspec.json.encode([tree, segments, digests])).hexdigest()
 
 
-def encode(value: Marker | Session | Manifest | Ended | Condemned) -> bytes:
+def encode(value: Marker | Session | Manifest | Ended | Condemned | Tag) -> bytes:
     """The sealed bytes of any object."""
     return seal(msgspec.json.encode(value), min_bytes=MIN_MANIFEST_BYTES if isinstance(value, Manifest) else 0)
 
@@ -212,6 +224,13 @@ def decode_session(content: bytes, key: str) -> Session:
     value = _decode(_known(content, key), key, Session)
     if session_key(value.save) != key:
         raise CorruptError(f"{key} says that it is the session {value.save}")
+    return value
+
+
+def decode_tag(content: bytes, key: str) -> Tag:
+    value = _decode(_known(content, key), key, Tag)
+    if str(TagKey(value.run, value.step, value.tag)) != key:
+        raise CorruptError(f"{key} says that it is the tag {value.tag} of {value.run}@{value.step}")
     return value
 
 

@@ -5,6 +5,7 @@ What to do in which order is for `protocol` to say. Needs no torch: chunks are a
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +23,9 @@ from ckptstore.format import Codec, chunk_key, session_key
 from ckptstore.kernels import ByteArray
 from ckptstore.manifest import Session, encode
 from ckptstore.objects.base import ObjectInfo, Objects
+from ckptstore.objects.open import store_time
 from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Progress, Stage, each, staged
+from ckptstore.protocol.operations import in_batches
 
 BEAT_SECONDS = 20.0
 
@@ -74,6 +77,7 @@ class Performer:
         self.damaged: list[CorruptError] = []
         """Bases that turned out corrupt or missing; what was to stand on them was stored in full."""
         self._heart: _Heart | None = None
+        self._clock_ahead: float | None = None
 
     def perform(self, steps: Generator[protocol.Operation, Any, T]) -> T:
         """Run a generator of the protocol to its end and return what it returns; what fails is thrown into it."""
@@ -114,6 +118,19 @@ class Performer:
                 return self._upload(save_id, digests, bases)
             case protocol.Sync(keys):
                 return self._objects.sync(keys)
+            case protocol.Delete(keys):
+                batches = list(in_batches(keys, self._objects.delete_batch))
+                each(self._objects.delete_many, batches, threads=self._objects.request_threads)
+            case protocol.Clock():
+                return self._now()
+            case protocol.Pause(seconds):
+                time.sleep(seconds)
+
+    def _now(self) -> float:
+        """The store's time. Asked once; then our own clock, one that only goes forward, counts from there."""
+        if self._clock_ahead is None:
+            self._clock_ahead = store_time(self._objects) - time.monotonic()
+        return self._clock_ahead + time.monotonic()
 
     def _list(self, prefixes: Sequence[str]) -> list[ObjectInfo]:
         found = each(self._objects.list, prefixes, threads=self._objects.request_threads)

@@ -375,19 +375,60 @@ class Run:
         """
         return [Checkpoint(manifest) for manifest in usages.read_all(self._objects, self.name).get(self.name, [])]
 
+    def tag(self, step: int, name: str) -> None:
+        """Give a checkpoint a tag: no prune that begins after this has returned deletes it.
+
+        Args:
+            step: the step of the checkpoint.
+            name: 1 to 128 letters, digits and `. _ + = , -`, such as "best".
+
+        Raises:
+            InvalidInputError: it cannot be a tag.
+            NotFoundError: there is no checkpoint at `step`.
+            UnavailableError: the backend failed.
+        """
+        from ckptstore import tagging
+
+        self._wait()
+        tagging.add(self._objects, self.name, check_step(step), name)
+
+    def untag(self, step: int, name: str) -> None:
+        """Take a tag away; that the step does not have it is fine.
+
+        Raises:
+            InvalidInputError: it cannot be a tag.
+            UnavailableError: the backend failed.
+        """
+        from ckptstore import tagging
+
+        tagging.remove(self._objects, self.name, check_step(step), name)
+
+    def tags(self) -> dict[int, tuple[str, ...]]:
+        """The tags of each step that has some.
+
+        Raises:
+            UnavailableError: the store cannot be reached or read.
+        """
+        from ckptstore import tagging
+
+        steps = set(self.steps())
+        return {step: tags for step, tags in tagging.listed(self._objects, self.name).items() if step in steps}
+
     def delete(self, step: int) -> None:
-        """Delete a checkpoint. The bytes that no other needs go with the next collection.
+        """Delete a checkpoint and its tags. The bytes that no other needs go with the next collection.
 
         Raises:
             NotFoundError: there is no checkpoint at `step`.
             UnavailableError: the backend failed.
         """
+        from ckptstore import tagging
         from ckptstore.performing import Performer
 
         number = check_step(step)
         self._wait()
         catalog.require_store(self._objects)
         Performer(self._objects).perform(protocol.delete(self.name, number, now_text()))
+        tagging.remove_all(self._objects, self.name, number)
 
     def _manifest(self, step: int | None) -> Manifest:
         if step is not None:

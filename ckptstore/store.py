@@ -1,12 +1,13 @@
 """What people touch first: `Store`, the place where runs are."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from ckptstore import catalog
 from ckptstore import usage as usages
-from ckptstore.errors import InvalidInputError
+from ckptstore.errors import InvalidInputError, NotFoundError
 from ckptstore.format import Codec, check_run_name
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
@@ -15,6 +16,10 @@ from ckptstore.run import Run, Shared
 from ckptstore.usage import Usage
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from ckptstore.collecting import CollectReport
+    from ckptstore.pruning import PruneReport
     from ckptstore.verifying import VerifyReport
 
 __all__ = ["Store"]
@@ -109,6 +114,89 @@ class Store:
         elif not catalog.list_run(self._objects, check_run_name(run)).by_step:
             catalog.manifest_of(self._objects, run, 0)  # raises what fits: no store, or no such run
         return verifying.verify(self._objects, run, progress)
+
+    def prune(
+        self,
+        runs: str | Sequence[str] | None = None,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_within: "float | timedelta | str | None" = None,
+        keep_best: str | Sequence[str] | None = None,
+        keep_tags: str | Sequence[str] | None = None,
+        dry_run: bool = False,
+    ) -> "PruneReport":
+        """Delete the checkpoints that no rule keeps. Their bytes go with the next collection.
+
+        The rules add up: what any of them wants stays. The newest checkpoint of a run that is not known to be damaged,
+        those with a tag, and those known to be damaged (which count for no rule) always stay.
+
+        Args:
+            runs: the name of a run, or several; None is every run, each by itself.
+            keep_last: so many of the newest.
+            keep_every: the first one in every so many steps: with 1000, the first from step 0 on, from 1000 on, and so
+                on.
+            keep_within: those saved within this time, by the store's clock: "12h", "7d", "2w", a timedelta, seconds.
+            keep_best: that with the best value of a metric, such as "loss" (the least) or "accuracy:max"; or several.
+            keep_tags: keep nothing but what has a tag, if no other rule is given; what has any tag stays in any case.
+            dry_run: change nothing; the report is the same.
+
+        Returns:
+            What was kept and why, and what was deleted.
+
+        Raises:
+            InvalidInputError: no rule is given, or one makes no sense, or asks for a metric that no checkpoint of a run
+                has. Nothing was deleted.
+            NotFoundError: there is no store, or no such run.
+            UnavailableError: the backend failed; what was deleted until then is, and the rest is not.
+        """
+        from ckptstore import pruning, retention
+
+        rules = retention.rules(
+            keep_last=keep_last,
+            keep_every=keep_every,
+            keep_within=keep_within,
+            keep_best=keep_best,
+            keep_tags=keep_tags,
+        )
+        catalog.require_store(self._objects)
+        names = [runs] if isinstance(runs, str) else runs
+        known = self.runs()
+        for name in names or ():
+            if check_run_name(name) not in known:
+                raise NotFoundError(f"there is no run {name!r} with a checkpoint in {self.url}.")
+        return pruning.prune(self._objects, known if names is None else names, rules, dry_run=dry_run)
+
+    def collect(self, *, dry_run: bool = False, wait: bool = False, grace: float = 600.0) -> "CollectReport":
+        """Delete the chunks that no checkpoint needs any more, while other jobs go on saving.
+
+        No checkpoint ever loses a chunk to it, whatever else runs, and whoever is killed or stalls for however long:
+        docs/explanation/protocol.md says why. Chunks are marked first, and deleted when every save that was under way
+        then has ended.
+
+        Args:
+            dry_run: change nothing; say what would be deleted.
+            wait: wait for the saves under way. Else, if there are some, nothing is deleted now: a later collection
+                goes on with what this one has marked.
+            grace: seconds without a sign of life after which a save is taken for dead. It can never commit then; a
+                process that was only stalled, and goes on, saves again. Saves show themselves every 20 s.
+
+        Returns:
+            What was found and done.
+
+        Raises:
+            NotFoundError: there is no store.
+            CorruptError: a manifest, a session or the marker is damaged, so what is needed is not known. Nothing was
+                deleted.
+            UnsupportedFormatError: likewise, as a newer ckptstore wrote it.
+            UnavailableError: the backend failed, or lacks what a collection needs (`ckptstore doctor` tells what).
+            InvalidInputError: `grace` makes no sense.
+        """
+        from ckptstore import collecting
+
+        if type(grace) not in (int, float) or not 0 <= grace < math.inf:
+            raise InvalidInputError(f"grace must be a number of seconds, not {grace!r}.")
+        return collecting.collect(self._objects, dry_run=dry_run, wait=wait, grace=grace)
 
     def usage(self) -> Usage:
         """What the store costs: logical, stored and shared bytes, run by run.

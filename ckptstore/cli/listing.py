@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from ckptstore import catalog
+from ckptstore import catalog, tagging
 from ckptstore.cli.options import Json, OptionalTarget, StorageOptions, examples
 from ckptstore.cli.printing import bytes_text, print_json, print_line, print_table, printable, time_text, warn
 from ckptstore.cli.target import Target, parse_options, resolve
@@ -126,11 +126,13 @@ def _list_runs(objects: Objects, found: _Found, *, as_json: bool) -> None:
 def _list_steps(place: Target, found: _Found, *, as_json: bool) -> None:
     run = place.require_run()
     manifests = found.by_run.get(run, [])
+    tags = tagging.listed(place.objects, run)
     if as_json:
         checkpoints = [
             {
                 "step": manifest.step,
                 "created": manifest.created,
+                "tags": list(tags.get(manifest.step, ())),
                 "metrics": to_json(manifest.metrics),
                 "raw_bytes": manifest.raw_bytes,
                 "stored_bytes": manifest.stored_bytes,
@@ -142,7 +144,7 @@ def _list_steps(place: Target, found: _Found, *, as_json: bool) -> None:
         print_json({"store": store, "run": run, "checkpoints": checkpoints, "damaged": found.damaged_json()})
         return
     print_table(
-        ("STEP", "SAVED (UTC)", "LOGICAL", "STORED", "NEW", "METRICS"),
+        ("STEP", "SAVED (UTC)", "LOGICAL", "STORED", "NEW", "METRICS", *(("TAGS",) if tags else ())),
         [
             (
                 str(manifest.step),
@@ -151,6 +153,7 @@ def _list_steps(place: Target, found: _Found, *, as_json: bool) -> None:
                 bytes_text(manifest.stored_bytes),
                 bytes_text(manifest.new_bytes),
                 "  ".join(f"{name}={to_text(value)}" for name, value in pairs(manifest.metrics)),
+                *((" ".join(tags.get(manifest.step, ())),) if tags else ()),
             )
             for manifest in manifests
         ],

@@ -25,8 +25,7 @@ def add_to(app: typer.Typer) -> None:
 def rm(target: options.Target, storage_options: options.StorageOptions = None, as_json: options.Json = False) -> int:
     """Delete one checkpoint, sound or damaged: STORE/RUN@STEP.
 
-    No other checkpoint loses anything. The bytes that only this one needed stay, unreferenced, until a collection,
-    which does not exist yet: ckptstore du shows them.
+    No other checkpoint loses anything. The bytes that only this one needed go with the next ckptstore gc.
     """
     place = resolve(target, parse_options(storage_options))
     run = place.require_run()

@@ -6,7 +6,7 @@ each of these is needed, and `ckptstore.testing` holds the suite of tests that e
 
 import abc
 import builtins
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
@@ -35,6 +35,8 @@ class Objects(abc.ABC):
     """How many requests are worth having under way at a time."""
     gets_wait: bool = True
     """Whether a get mostly waits (for a network), so that it pays to send the next ones on threads of their own."""
+    delete_batch: int = 1
+    """How many keys one call of `delete_many` takes."""
 
     @abc.abstractmethod
     def create(self, key: str, content: Bytes) -> bool:
@@ -62,6 +64,18 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove `key`; that it is not there is fine."""
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Remove `keys`, at most `delete_batch` of them; returns when none is there any more."""
+        for key in keys:
+            self.delete(key)
+
+    def leftovers(self, older_than: float, *, remove: bool) -> builtins.list[str]:
+        """What writers that died have left, and that no listing shows, if it is older than so many seconds.
+
+        Returns names for people. A writer that comes back later must fail, and not commit a part.
+        """
+        return []
 
     def connect(self) -> None:  # noqa: B027  most backends need nothing here
         """Make what connections and threads it keeps, if there are none yet; asks for nothing."""

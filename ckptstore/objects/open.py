@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ckptstore.errors import InvalidInputError, UnavailableError
+from ckptstore.format import SCRATCH
 from ckptstore.objects.base import Objects
 
-__all__ = ["open_objects", "self_test"]
+__all__ = ["open_objects", "self_test", "store_time"]
 
 
 def open_objects(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Objects:
@@ -51,13 +52,31 @@ def _local(path: str) -> Objects:
 
 def self_test(objects: Objects) -> None:
     """Try on a scratch key what the protocol needs of a backend; UnavailableError names the promise it breaks."""
-    key = f"scratch/{uuid.uuid4().hex}"
+    key = f"{SCRATCH}{uuid.uuid4().hex}"
     try:
         _try_promises(objects, key)
     except BaseException:
         with contextlib.suppress(UnavailableError):
             objects.delete(key)  # the first failure tells more than this one could
         raise
+
+
+def store_time(objects: Objects) -> float:
+    """What the store's own clock says now, in seconds since the epoch: the last-modified time of a new object.
+
+    Raises:
+        UnavailableError: the backend failed, or it tells no times.
+    """
+    key = f"{SCRATCH}{uuid.uuid4().hex}"
+    objects.put(key, b"what time is it?")
+    times = [row.modified for row in objects.list(key)]
+    objects.delete(key)
+    if not times or times[0] <= 0:
+        raise UnavailableError(
+            f"{objects.url} tells no last-modified times, so whether a save is alive cannot be seen, and nothing can "
+            "be collected there. Use another backend for a store that is shared."
+        )
+    return times[0]
 
 
 def _try_promises(objects: Objects, key: str) -> None:

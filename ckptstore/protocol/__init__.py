@@ -1,18 +1,22 @@
-"""The decisions of saves and deletes, apart from all I/O: what to read, what to reuse, what to write, when it counts.
+"""The decisions of saves, deletes and collections, apart from all I/O: what to read, reuse, write and delete, and when.
 
 Generators yield operations and are sent their results; whoever drives them (performing.py, or a test that walks every
 interleaving) decides how they are carried out. docs/explanation/protocol.md says why it is safe.
 """
 
-from ckptstore.protocol.candidates import Candidate, current, may_be_committed, read_candidate
-from ckptstore.protocol.deletes import delete
+from ckptstore.protocol.candidates import Candidate, current, may_be_committed, read_candidate, read_condemned
+from ckptstore.protocol.collects import Collected, CollectRequest, collect
+from ckptstore.protocol.deletes import bury_all, delete
 from ckptstore.protocol.operations import (
+    Clock,
     Close,
     Create,
+    Delete,
     Get,
     List,
     Open,
     Operation,
+    Pause,
     Put,
     Sync,
     Upload,
@@ -22,20 +26,28 @@ from ckptstore.protocol.saves import SaveRequest, save
 
 __all__ = [
     "Candidate",
+    "Clock",
     "Close",
+    "CollectRequest",
+    "Collected",
     "Create",
+    "Delete",
     "Get",
     "List",
     "Open",
     "Operation",
+    "Pause",
     "Put",
     "SaveRequest",
     "Sync",
     "Upload",
     "Uploaded",
+    "bury_all",
+    "collect",
     "current",
     "delete",
     "may_be_committed",
     "read_candidate",
+    "read_condemned",
     "save",
 ]

@@ -1,6 +1,6 @@
 """Checkpoints taken away: a tombstone in the place of each manifest."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from ckptstore.errors import NotFoundError
@@ -18,6 +18,12 @@ def bury(key: ManifestKey, created: str) -> Generator[Operation, Any, None]:
     yield Sync((str(key),))
 
 
+def bury_all(keys: Iterable[ManifestKey], created: str) -> Generator[Operation, Any, None]:
+    """Delete the manifests of a step that were found before, in this order, the current one last."""
+    for key in keys:
+        yield from bury(key, created)
+
+
 def delete(run: str, step: int, created: str) -> Generator[Operation, Any, None]:
     """Delete a step: every manifest of it, the current one last, so that none comes back if this is cut short.
 
@@ -31,5 +37,4 @@ def delete(run: str, step: int, created: str) -> Generator[Operation, Any, None]
     if not candidates:
         raise NotFoundError(f"run {run!r} has no checkpoint at step {step}, so there is nothing to delete.")
     last = current(candidates)
-    for candidate in sorted(candidates, key=lambda found: found is last):
-        yield from bury(candidate.key, created)
+    yield from bury_all([found.key for found in sorted(candidates, key=lambda found: found is last)], created)

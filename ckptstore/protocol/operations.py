@@ -3,12 +3,15 @@
 Structs and not dataclasses: `import ckptstore` makes all of them, and a dataclass takes a millisecond to make.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from msgspec import Struct, field
 
 from ckptstore.deltas import Held
 from ckptstore.manifest import Session
+
+T = TypeVar("T")
 
 
 class List(Struct, frozen=True):
@@ -73,4 +76,26 @@ class Sync(Struct, frozen=True):
     keys: tuple[str, ...]
 
 
-Operation = List | Get | Create | Put | Open | Close | Upload | Sync
+class Delete(Struct, frozen=True):
+    """-> None, when none of `keys` stands any more; that some did not stand before is fine."""
+
+    keys: tuple[str, ...]
+
+
+class Clock(Struct, frozen=True):
+    """-> float: what the store's own clock says now, in seconds, which last-modified times are compared with."""
+
+
+class Pause(Struct, frozen=True):
+    """-> None, after so many seconds."""
+
+    seconds: float
+
+
+def in_batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of `size`, the last one shorter."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+Operation = List | Get | Create | Put | Open | Close | Upload | Sync | Delete | Clock | Pause

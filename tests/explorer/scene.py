@@ -1,0 +1,237 @@
+"""The scene that is explored: one checkpoint, two saves of the same tensor, two deletes, two collections.
+
+Each guard of the protocol can be taken out, to see that the explorer finds the loss that it is there to prevent.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+from unittest import mock
+
+from ckptstore import protocol
+from ckptstore.deltas import Held
+from ckptstore.format import CHUNKS, CONDEMNED, RUNS, SESSIONS, chunk_key, condemned_key
+from ckptstore.manifest import ChunkRef, Manifest, Writer, decode_condemned, encode
+from ckptstore.protocol import Create, Get, List, Open, Operation, Put, Upload, collects, saves
+from ckptstore.protocol.roots import read_roots
+from tests.explorer.engine import CHUNK, Content, Explorer, Steps, lost_chunk, manifests
+
+DIGEST = "ab" * 32
+ZERO, A, B = (f"{number:032x}" for number in (0, 10, 11))
+G, H, LAST = (f"{number:032x}" for number in (0x1000, 0x2000, 0x3000))
+NOW = "2026-01-02T03:04:05.000006Z"
+WRITER = Writer(host="host", pid=1, version="0")
+
+GUARDS = {
+    "condemned lists read after opening": "saves take up what a collection is about to delete",
+    "session opened before they are read": "a collection does not wait for a save that knows nothing of it",
+    "old saves waited out": "chunks go that a save under way will name",
+    "nothing remembered from before": "a save names what was collected since",
+    "no key used twice": "a collector that stalled deletes a chunk that was put again",
+    "commit by create": "a save that was taken for dead commits after all",
+    "manifests read again": "chunks go that a save has named since they were marked",
+    "lists stand as long as their keys": "a save takes up what another collector deletes",
+}
+"""The eight guards of docs/explanation/protocol.md, and what happens without."""
+
+
+def request(save: str, run: str, step: int) -> protocol.SaveRequest:
+    return protocol.SaveRequest(
+        run=run,
+        step=step,
+        save=save,
+        created=NOW,
+        writer=WRITER,
+        metrics={},
+        metadata={},
+        content="c" * 64,
+        tree=None,
+        segments=[],
+        chunks={DIGEST: len(CHUNK)},
+        raw_bytes=len(CHUNK),
+    )
+
+
+def first_content() -> Content:
+    """A store with one checkpoint, step 1 of the run r."""
+    manifest = Manifest(
+        run="r",
+        step=1,
+        save=ZERO,
+        created=NOW,
+        writer=WRITER,
+        replaces=[],
+        metrics={},
+        metadata={},
+        content="d" * 64,
+        raw_bytes=len(CHUNK),
+        stored_bytes=len(CHUNK),
+        new_bytes=len(CHUNK),
+        tree=None,
+        segments=[],
+        chunks=[ChunkRef(digest=DIGEST, save=ZERO, raw=len(CHUNK), stored=len(CHUNK))],
+    )
+    return frozenset({(str(manifest.key), encode(manifest)), (chunk_key(DIGEST, ZERO), CHUNK)})
+
+
+def saver(name: str, without: str | None = None) -> Callable[[], Steps]:
+    """A finds the chunk through the newest manifest of its run, B, in a run of its own, by listing."""
+    asked = request(A, "r", 2) if name == "A" else request(B, "s", 2)
+    change = _SAVER_MUTANTS.get(without or "")
+    return lambda: change(protocol.save(asked)) if change else protocol.save(asked)
+
+
+def deleter(name: str) -> Callable[[], Steps]:
+    """P deletes the first checkpoint, Q what A saves."""
+    return lambda: protocol.delete("r", 1 if name == "P" else 2, NOW)
+
+
+def collector(name: str, *, wait: bool = False) -> Callable[[], Steps]:
+    collection = {"G": G, "H": H, "last": LAST}[name]
+    return lambda: protocol.collect(protocol.CollectRequest(collection=collection, created=NOW, grace=600.0, wait=wait))
+
+
+def explorer(names: str, without: str | None = None, *, wait: bool = False) -> Explorer:
+    """The explorer of the actors A, B, P, Q, G, H that `names` holds, with one of the guards taken out."""
+    made: dict[str, Callable[[], Steps]] = {}
+    for name in names:
+        if name in "AB":
+            made[name] = saver(name, without)
+        else:
+            made[name] = deleter(name) if name in "PQ" else collector(name, wait=wait)
+    return Explorer(first_content(), list(made.values()), lost_chunk)
+
+
+@contextlib.contextmanager
+def guard_taken_out(name: str) -> Iterator[None]:
+    """For those guards that stand in functions of the library, and not in the order of operations."""
+    replaced = _PATCHES.get(name)
+    if replaced is None:
+        assert name in _SAVER_MUTANTS, name
+        yield
+        return
+    module, function, instead = replaced
+    with mock.patch.object(module, function, instead):
+        yield
+
+
+def _no_lists_read(steps: Steps) -> Steps:
+    """Every listing of what is condemned shows nothing."""
+    answer: Any = None
+    try:
+        while True:
+            operation = steps.send(answer)
+            answer = [] if operation == List((CONDEMNED,)) else (yield operation)
+    except StopIteration as end:
+        return end.value
+
+
+def _session_late(steps: Steps) -> Steps:
+    """The session is opened when the condemned lists were read."""
+    answer: Any = None
+    held: Open | None = None
+    try:
+        while True:
+            operation = steps.send(answer)
+            if isinstance(operation, Open):
+                held, answer = operation, None
+                continue
+            reads_lists = operation == List((CONDEMNED,)) or (
+                isinstance(operation, Get) and operation.keys[0].startswith(CONDEMNED)
+            )
+            if held is not None and not reads_lists:
+                yield held
+                held = None
+            answer = yield operation
+    except StopIteration as end:
+        return end.value
+
+
+def _remembered(steps: Steps) -> Steps:
+    """What can be reused was looked up before anything else, and is not looked at again."""
+    remembered = yield List((f"chunks/{DIGEST[:2]}/{DIGEST}",))
+    answer: Any = None
+    try:
+        while True:
+            operation = steps.send(answer)
+            answer = remembered if operation == List((f"chunks/{DIGEST[:2]}/{DIGEST}",)) else (yield operation)
+    except StopIteration as end:
+        return end.value
+
+
+def _plain_put(steps: Steps) -> Steps:
+    """The manifest is put, whatever stands there."""
+    answer: Any = None
+    try:
+        while True:
+            operation = steps.send(answer)
+            if isinstance(operation, Create) and operation.key.startswith(RUNS):
+                yield Put(operation.key, operation.content)
+                answer = True
+            else:
+                answer = yield operation
+    except StopIteration as end:
+        return end.value
+
+
+def _same_key(steps: Steps) -> Steps:
+    """Chunks go where the first save has put them."""
+    answer: Any = None
+    try:
+        while True:
+            operation = steps.send(answer)
+            if isinstance(operation, Upload):
+                operation = Upload(ZERO, operation.digests, operation.bases)
+            answer = yield operation
+    except StopIteration as end:
+        return end.value
+
+
+_SAVER_MUTANTS: dict[str, Callable[[Steps], Steps]] = {
+    "condemned lists read after opening": _no_lists_read,
+    "session opened before they are read": _session_late,
+    "nothing remembered from before": _remembered,
+    "no key used twice": _same_key,
+    "commit by create": _plain_put,
+}
+
+
+def _held_by_first(digest: str, save: str, *rest: Any) -> Held:
+    return Held(digest, ZERO if save in (A, B) else save, *rest)
+
+
+def _nobody_waited_for(*_: Any) -> Generator[Operation, Any, None]:
+    yield from ()
+
+
+def _roots_read_once(roots: Any) -> Generator[Operation, Any, None]:
+    if not roots.seen:
+        yield from read_roots(roots)
+
+
+def _lists_dropped(lists: Any, roots: Any) -> Generator[Operation, Any, None]:
+    yield from collects._delete([condemned_key(each.collection) for each in lists])
+
+
+_PATCHES: dict[str, tuple[Any, str, Any]] = {
+    "no key used twice": (saves, "Held", _held_by_first),
+    "old saves waited out": (collects, "_wait_out", _nobody_waited_for),
+    "manifests read again": (collects, "read_roots", _roots_read_once),
+    "lists stand as long as their keys": (collects, "_drop", _lists_dropped),
+}
+
+
+def leftovers(content: Content) -> list[str]:
+    """What no checkpoint needs, and a collection with nobody else there should not have left."""
+    needed = {ref.key for manifest in manifests(content) for ref in manifest.chunks}
+    return [
+        key
+        for key, _ in content
+        if key.startswith((SESSIONS, CONDEMNED)) or (key.startswith(CHUNKS) and key not in needed)
+        if not _is_needed_list(key, dict(content)[key], needed)
+    ]
+
+
+def _is_needed_list(key: str, value: bytes, needed: set[str]) -> bool:
+    """A list one of whose keys has come to be needed stays."""
+    return key.startswith(CONDEMNED) and not needed.isdisjoint(decode_condemned(value, key).keys)

@@ -1,0 +1,53 @@
+"""No interleaving of saves, deletes and collections loses a chunk; without any one of the guards, one does.
+
+The whole scene has many million states, `make explore` walks it; here are parts of it that take seconds.
+"""
+
+import pytest
+
+from tests.explorer import scene
+from tests.explorer.engine import ALIVE, run_alone
+
+PARTS = {
+    "ABPQG": "two saves, two deletes, one collection",
+    "APGH": "one save, one delete, two collections",
+    "BPGH": "one save of another run, one delete, two collections",
+    "ABGH": "two saves, two collections",
+}
+
+
+@pytest.mark.parametrize("actors", PARTS, ids=PARTS.values())
+def test_no_interleaving_loses_a_chunk_and_after_any_crash_one_collection_leaves_just_what_is_needed(
+    actors: str,
+) -> None:
+    explored = scene.explorer(actors)
+    found = explored.explore(5_000_000)
+    assert found.lost is None
+    assert found.complete
+    assert found.states > 10_000
+    for content in explored.contents:
+        assert scene.leftovers(run_alone(scene.collector("last")(), content)) == []
+
+
+@pytest.mark.parametrize("actors", ["ABPG", "PQGH"])
+def test_a_collection_that_waits_loses_nothing_either(actors: str) -> None:
+    found = scene.explorer(actors, wait=True).explore(5_000_000)
+    assert found.lost is None
+    assert found.complete
+
+
+@pytest.mark.parametrize("guard", scene.GUARDS)
+def test_without_any_one_guard_a_chunk_is_lost(guard: str) -> None:
+    with scene.guard_taken_out(guard):
+        lost = [scene.explorer(actors, guard).explore(1_000_000).lost for actors in ("ABPQG", "APGH")]
+    assert any(lost)
+
+
+def test_a_collection_takes_nothing_while_a_save_beats() -> None:
+    explored = scene.explorer("AP")
+    explored.explore(1_000_000)
+    beating = [content for content in explored.contents if any(key.startswith("sessions/") for key, _ in content)]
+    assert beating
+    for content in beating:
+        after = run_alone(scene.collector("last")(), content, clock=ALIVE)
+        assert {key for key, _ in content} <= {key for key, _ in after}
