@@ -75,10 +75,10 @@ def atomic(steps: Steps) -> Steps:
             case Delete(keys):
                 for key in keys:
                     yield Delete((key,))
-            case Upload(save, digests):
+            case Upload(save, digests, bases):
                 answer = {}
                 for digest in digests:
-                    uploaded = yield Upload(save, (digest,))
+                    uploaded = yield Upload(save, (digest,), {digest: bases[digest]} if digest in bases else {})
                     answer = {**answer, **uploaded}
             case Sync() | Pause():
                 pass
@@ -105,8 +105,9 @@ def perform(operation: Operation, content: Content) -> Iterable[tuple[Any, Conte
             yield None, _without(content, session_key(save))
         case Delete((key,)):
             yield None, _without(content, key)
-        case Upload(save, (digest,)):
-            yield {digest: Uploaded(len(CHUNK))}, content | {(chunk_key(digest, save), CHUNK)}
+        case Upload(save, (digest,), bases):
+            key = chunk_key(digest, save, is_delta=bool(bases))
+            yield {digest: Uploaded(len(CHUNK), is_delta=bool(bases))}, content | {(key, CHUNK)}
         case Clock():
             yield ALIVE, content
             yield DEAD, content

@@ -10,7 +10,7 @@ from unittest import mock
 
 from ckptstore import protocol
 from ckptstore.deltas import Held
-from ckptstore.format import CHUNKS, CONDEMNED, RUNS, SESSIONS, chunk_key, condemned_key
+from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, RUNS, SESSIONS, chunk_key, condemned_key
 from ckptstore.manifest import ChunkRef, Manifest, Writer, decode_condemned, encode
 from ckptstore.protocol import Create, Get, List, Open, Operation, Put, Upload, collects, saves
 from ckptstore.protocol.roots import read_roots
@@ -227,7 +227,7 @@ def leftovers(content: Content) -> list[str]:
     return [
         key
         for key, _ in content
-        if key.startswith((SESSIONS, CONDEMNED)) or (key.startswith(CHUNKS) and key not in needed)
+        if key.startswith((SESSIONS, CONDEMNED)) or (key.startswith((CHUNKS, DELTAS)) and key not in needed)
         if not _is_needed_list(key, dict(content)[key], needed)
     ]
 
