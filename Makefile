@@ -6,6 +6,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 EXPLORE_ARGS ?=
+TORTURE_ARGS ?=
 DEMO_ARGS ?=
 # Where pip looks as well, such as PyTorch's index of CPU-only builds (PyPI's build for Linux brings CUDA along).
 TORCH_INDEX ?=
@@ -17,7 +18,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
               $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench explore coverage clean
+.PHONY: help venv demo test check format bench explore torture coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -64,6 +65,9 @@ bench: venv  ## run the benchmarks (BENCH_ARGS=...)
 
 explore: venv  ## walk every interleaving of saves, deletes and collections (some minutes, some GB of memory)
 	@$(BIN)/python -m tests.explorer $(EXPLORE_ARGS)
+
+torture: venv  ## kill, stop and stress processes that share a store, on a disk and on S3 (20 minutes)
+	@$(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
 coverage: venv  ## run the tests and show which lines none of them reaches
 	@$(BIN)/coverage erase
