@@ -55,8 +55,9 @@ class LocalObjects(Objects):
         """Remember where; touches nothing."""
         self._root = os.path.abspath(os.fspath(root))
         self.url = self._root
-        # Folders above or at the root that this object made: their parents hold a new name that `sync` must fsync.
-        self._changed_above: set[str] = set()
+        # How often this object made the root or a folder above it; and that number when their names were last fsynced.
+        self._made_above = 0
+        self._anchored_above = -1
         # Folders whose own names, up to the root, were fsynced by this object; `create` need not do it again.
         self._anchored: set[str] = set()
 
@@ -142,7 +143,7 @@ class LocalObjects(Objects):
                 self._check_root()
 
     def sync(self, keys: Iterable[str]) -> None:
-        """Fsync the folder of each key and every folder above it up to the root, each once."""
+        """Fsync the folder of each key and every folder above it up to the root, each once; then the root's name."""
         wanted = {os.path.dirname(self._path(key)) for key in keys}
         if not wanted:
             return
@@ -151,12 +152,12 @@ class LocalObjects(Objects):
             while folder not in folders:
                 folders.add(folder)
                 folder = os.path.dirname(folder)
-        above = set(self._changed_above)
         # The deepest first: a name never becomes durable before the folder it leads to.
-        for folder in sorted(folders | above, key=lambda path: path.count(os.sep), reverse=True):
+        for folder in sorted(folders, key=lambda path: path.count(os.sep), reverse=True):
             with self._explained("sync", folder):
                 _fsync_folder(folder)
-        self._changed_above -= above
+        with self._explained("sync", self._root):
+            self._anchor_root()
 
     def _path(self, key: str) -> str:
         """Turn a key into a path; keys are made by our own code, so a bad one is a programming error."""
@@ -205,7 +206,7 @@ class LocalObjects(Objects):
                 return
         self._anchored.discard(folder)
         if len(folder) <= len(self._root):
-            self._changed_above.add(os.path.dirname(folder))
+            self._made_above += 1
 
     def _link(self, temporary: str, path: str) -> bool:
         """Give `temporary` its name; True if it is ours, False if the name was taken."""
@@ -229,15 +230,29 @@ class LocalObjects(Objects):
 
     def _anchor(self, folder: str) -> None:
         """Fsync the names of `folder` and those above it, once: whoever made them may not have come to it."""
-        if folder in self._anchored:
+        if folder not in self._anchored:
+            for parent in self._folders_above(folder):
+                _fsync_folder(parent)
+            self._anchored.add(folder)
+        self._anchor_root()
+
+    def _anchor_root(self) -> None:
+        """Fsync the names of the root and of the folders above it, once.
+
+        They may be new, whoever made them: a process that was killed in the first save of a store leaves its folder
+        there, with a name that nobody has fsynced.
+        """
+        made = self._made_above
+        if made == self._anchored_above:
             return
-        above = set(self._changed_above)
-        for parent in self._folders_above(folder):
-            _fsync_folder(parent)
-        for parent in above:
-            _fsync_folder(parent)
-        self._changed_above -= above
-        self._anchored.add(folder)
+        device = os.stat(self._root).st_dev
+        for parent in _parents(self._root):
+            if os.stat(parent).st_dev != device:
+                break  # nobody made the place where a file system is mounted by saving to it
+            # Folders that we may pass and not read were there before: we could read those that we made.
+            with contextlib.suppress(PermissionError):
+                _fsync_folder(parent)
+        self._anchored_above = made
 
     def _folders_above(self, folder: str) -> Iterator[str]:
         while folder != self._root:

@@ -124,13 +124,19 @@ def test_the_umask_takes_more_away(objects: LocalObjects, root: Path) -> None:
     assert stat.S_IMODE((root / "key").stat().st_mode) == 0o400
 
 
-def test_create_fsyncs_the_file_and_every_folder_up_to_the_one_that_was_there(
+def above(root: Path) -> list[str]:
+    """The folders above the root, up to where another file system is mounted."""
+    device = next(path for path in root.parents if path.exists()).stat().st_dev
+    return [str(path) for path in root.parents if not path.exists() or path.stat().st_dev == device]
+
+
+def test_create_fsyncs_the_file_and_every_folder_above_it(
     objects: LocalObjects, root: Path, fsynced: list[str]
 ) -> None:
     objects.create("runs/a/1.json", b"x")
     assert fsynced[0] == ".tmp-"
-    above = [root / "runs/a", root / "runs", root, root.parent, root.parent.parent]
-    assert sorted(fsynced[1:]) == sorted(str(path) for path in above)
+    folders = [root / "runs/a", root / "runs", root]
+    assert sorted(fsynced[1:]) == sorted([*map(str, folders), *above(root)])
 
 
 def test_a_later_create_fsyncs_the_file_and_its_folder_only(
@@ -167,17 +173,47 @@ def test_sync_fsyncs_each_folder_once_the_deepest_first(objects: LocalObjects, r
     fsynced.clear()
     objects.sync(keys)
     folders = ["chunks/ab", "chunks/ac", "chunks"]
-    assert sorted(fsynced) == sorted([*(str(root / name) for name in folders), str(root), *map(str, root.parents[:2])])
-    assert [path.count("/") for path in fsynced] == sorted((path.count("/") for path in fsynced), reverse=True)
+    assert sorted(fsynced) == sorted([*(str(root / name) for name in folders), str(root), *above(root)])
+    depths = [len(Path(path).parts) for path in fsynced]
+    assert depths == sorted(depths, reverse=True)
 
 
-def test_sync_leaves_the_folder_above_alone_if_the_root_was_there(root: Path, fsynced: list[str]) -> None:
+def test_the_first_sync_fsyncs_the_folders_above_the_root_whoever_made_them(root: Path, fsynced: list[str]) -> None:
     root.mkdir(parents=True)
     objects = LocalObjects(root)
     objects.put("key", b"x")
     fsynced.clear()
     objects.sync(["key"])
+    assert fsynced == [str(root), *above(root)]
+    fsynced.clear()
+    objects.sync(["key"])
     assert fsynced == [str(root)]
+
+
+def test_a_root_that_was_removed_and_is_made_again_is_made_durable_again(
+    objects: LocalObjects, root: Path, fsynced: list[str]
+) -> None:
+    objects.create("key", b"x")
+    (root / "key").unlink()
+    root.rmdir()
+    fsynced.clear()
+    objects.create("key", b"x")
+    assert fsynced == [".tmp-", *above(root), str(root)]
+
+
+def test_a_folder_above_that_may_not_be_read_is_passed_over(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.mkdir(parents=True)
+    real = os.open
+
+    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
+        if path == str(root.parent):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert objects.create("key", b"x") is True
 
 
 def test_sync_of_a_folder_that_is_gone_is_an_error(objects: LocalObjects) -> None:
