@@ -81,7 +81,7 @@ def save(request: SaveRequest) -> Generator[Operation, Any, Manifest]:
 
 
 def _close_quietly(save_id: str) -> Generator[Operation, Any, None]:
-    """Close a session on the way out with an error, which must not be hidden by another one."""
+    """Close a session once the outcome is known: a failure to do so must not hide it, be it an error or a success."""
     try:
         yield Close(save_id)
     except UnavailableError:
@@ -280,7 +280,6 @@ def _clean_up(request: SaveRequest, replaces: list[str]) -> Generator[Operation,
         for save_id in replaces:
             key = ManifestKey(request.run, request.step, save_id)
             yield from bury(key, request.created)
-        yield Close(request.save)
     except UnavailableError:
-        # The manifest stands: what it replaces is not current even so, and a session without a save ends by itself.
-        return
+        pass  # the manifest stands, and what it replaces is not current even so
+    yield from _close_quietly(request.save)
