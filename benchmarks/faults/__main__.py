@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.faults import background_error, bit_flips, hostile_pickle, prune, resave, upload, worker_error
+from benchmarks.faults import background_error, bit_flips, disk_full, hostile_pickle, prune, resave, upload
 from benchmarks.faults.scenes import Fault
 
 FAULTS: dict[str, Callable[[Path], Fault]] = {
-    "worker": worker_error.run,
+    "disk-full": disk_full.run,
     "resave": resave.run,
     "flips": bit_flips.run,
     "upload": upload.run,
