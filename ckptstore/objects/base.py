@@ -63,10 +63,10 @@ class Objects(abc.ABC):
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
-        """Remove `key`; that it is not there is fine."""
+        """Remove `key`; that it is not there is fine. After a power loss it may be there again."""
 
     def delete_many(self, keys: Sequence[str]) -> None:
-        """Remove `keys`, at most `delete_batch` of them; returns when none is there any more."""
+        """Remove `keys`, at most `delete_batch` of them; when this returns, they are gone and stay so."""
         for key in keys:
             self.delete(key)
 

@@ -12,8 +12,9 @@ import contextlib
 import errno
 import os
 import stat
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ckptstore.errors import UnavailableError
 from ckptstore.objects.base import Bytes, ObjectInfo, Objects
@@ -50,6 +51,7 @@ class LocalObjects(Objects):
 
     request_threads = 4
     gets_wait = False
+    delete_batch = 64
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         """Remember where; touches nothing."""
@@ -141,6 +143,23 @@ class LocalObjects(Objects):
                 pass
             except NotADirectoryError:
                 self._check_root()
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Unlink the files; then fsync their folders, so that none comes back."""
+        super().delete_many(keys)
+        for folder in sorted({os.path.dirname(self._path(key)) for key in keys}):
+            with self._explained("sync", folder), contextlib.suppress(FileNotFoundError):
+                _fsync_folder(folder)
+
+    def leftovers(self, older_than: float, *, remove: bool) -> builtins.list[str]:
+        """Find temporary files of writers that died; one that lives after all cannot give its file a name any more."""
+        with self._explained("tidy up", self._root):
+            now = self._file_time() if remove else time.time()
+            old = [path for path, modified in self._temporary_files("") if now - modified > older_than]
+            for path in old if remove else ():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        return sorted(os.path.relpath(path, self._root) for path in old)
 
     def sync(self, keys: Iterable[str]) -> None:
         """Fsync the folder of each key and every folder above it up to the root, each once; then the root's name."""
@@ -271,6 +290,23 @@ class LocalObjects(Objects):
                     status = entry.stat()
                     if stat.S_ISREG(status.st_mode):
                         yield ObjectInfo(folder + entry.name, status.st_size, status.st_mtime)
+
+    def _temporary_files(self, folder: str) -> Iterator[tuple[str, float]]:
+        """Walk all folders: each unfinished file, and when it was last written to."""
+        for entry in self._entries(folder):
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._temporary_files(f"{folder}{entry.name}/")
+            elif entry.name.startswith(TEMPORARY):
+                with contextlib.suppress(FileNotFoundError):
+                    yield entry.path, entry.stat(follow_symlinks=False).st_mtime
+
+    def _file_time(self) -> float:
+        """Tell the time by the clock that stamps files here, which may be a server's."""
+        temporary = self._write_temporary(self._root, b"")
+        try:
+            return os.stat(temporary).st_mtime
+        finally:
+            _unlink_quietly(temporary)
 
     def _entries(self, folder: str) -> builtins.list[os.DirEntry[str]]:
         try:

@@ -15,7 +15,7 @@ from ckptstore.manifest import Condemned, Ended, Session, decode_session, encode
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.candidates import read_condemned
 from ckptstore.protocol.deletes import bury
-from ckptstore.protocol.operations import Clock, Create, Delete, Get, List, Operation, Pause, in_batches
+from ckptstore.protocol.operations import Clock, Create, Delete, Get, List, Operation, Pause, Sync, in_batches
 from ckptstore.protocol.roots import Roots, read_roots
 
 TOMBSTONE_SECONDS = 7 * 24 * 3600.0
@@ -88,6 +88,8 @@ def collect(request: CollectRequest) -> Generator[Operation, Any, Collected]:
     yield from _wait_out(request, found)
     if not found.waiting:
         yield from read_roots(roots)  # 4
+        # Whoever deleted these may not have made that durable yet; they must not come back without their chunks.
+        yield Sync(tuple(roots.tombstones))
         yield from _sweep(lists, gone, roots, found)
         yield from _drop(lists, roots)
     yield from _delete(found.expired)
@@ -232,7 +234,7 @@ def _sweep(lists: list[Condemned], gone: set[str], roots: Roots, found: Collecte
     """Step 4: delete what is condemned and still needed by nothing."""
     condemned = {key for each in lists for key in each.keys}
     dead = sorted(key for key in condemned - gone if not roots.names(key))
-    yield from _delete(dead)
+    yield from _delete(dead)  # for good, before the list that names them goes
     found.swept = len(dead)
     found.swept_bytes = sum(found.unreferenced.get(key, 0) + found.condemned.get(key, 0) for key in dead)
 

@@ -77,7 +77,7 @@ class Sync(Struct, frozen=True):
 
 
 class Delete(Struct, frozen=True):
-    """-> None, when none of `keys` stands any more; that some did not stand before is fine."""
+    """-> None, when none of `keys` stands any more, for good; that some did not stand before is fine."""
 
     keys: tuple[str, ...]
 
