@@ -260,6 +260,7 @@ def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
         raise CorruptError(f"{key} is {value.state}, which {len(content)} bytes are not the length of")
     if isinstance(value, Manifest):
         _check_version(value.format, (chunk.key for chunk in value.chunks), str(key))
+        _check_keys(value)
         _check_bases(value)
         _check_segments(value)
         # The tree may be long and is checked where it is walked; these two are short, and read as they stand.
@@ -319,6 +320,15 @@ def _check_version(version: int, named: Iterable[str], key: str) -> None:
     """What says that it is of version 1 holds nothing that a reader of version 1 would not know."""
     if version < format_naming(named):
         raise CorruptError(f"{key} names a delta and says that its format is {version}")
+
+
+def _check_keys(manifest: Manifest) -> None:
+    """No chunk is listed twice: with two bases or two lengths, not all readers would believe the same one."""
+    seen: set[str] = set()
+    for index, chunk in enumerate(manifest.chunks):
+        if chunk.key in seen:
+            raise CorruptError(f"{manifest.key}: chunk {index} ({chunk.key}) is listed twice")
+        seen.add(chunk.key)
 
 
 def _check_bases(manifest: Manifest) -> None:

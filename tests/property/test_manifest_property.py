@@ -101,7 +101,7 @@ def test_a_manifest_of_any_tree_comes_back_as_it_was(
 def test_segments_are_taken_only_if_their_chunks_hold_exactly_their_bytes(
     lengths: list[int], data: st.DataObject
 ) -> None:
-    chunks = [ChunkRef(digest=64 * "0", save=SAVE, raw=raw, stored=raw) for raw in lengths]
+    chunks = [ChunkRef(digest=f"{number:064x}", save=SAVE, raw=raw, stored=raw) for number, raw in enumerate(lengths)]
     indices = data.draw(st.lists(st.integers(0, len(lengths)), max_size=4))
     claimed = data.draw(st.one_of(st.integers(0, 400), st.just(sum(lengths[i] for i in indices if i < len(lengths)))))
     offset = data.draw(st.one_of(st.none(), st.integers(0, 100)))

@@ -496,6 +496,24 @@ def test_as_many_deltas_as_are_allowed_may_stand_one_on_another() -> None:
         assert len(value.chain(0)) == 65
 
 
+@pytest.mark.parametrize("other", [{"base": 1}, {"base": 2}, {"stored": 46}], ids=str)
+def test_a_chunk_that_is_listed_twice_is_corrupt(other: dict[str, Any]) -> None:
+    """With two bases, one reader would believe the first and another the last."""
+    refs = delta_manifest(2, None, None).chunks
+    twice = msgspec.structs.replace(refs[0], **other)
+    with pytest.raises(CorruptError, match=f"chunk 3 \\({twice.key}\\) is listed twice"):
+        read(manifest(format=2, chunks=[*refs, twice]))
+
+
+def test_a_digest_may_be_listed_as_a_full_chunk_and_as_a_delta_and_of_several_saves() -> None:
+    refs = delta_manifest(2, None, None).chunks
+    value = manifest(
+        format=2,
+        chunks=[*refs, msgspec.structs.replace(refs[0], base=None), msgspec.structs.replace(refs[0], save=OTHER)],
+    )
+    assert read(value) == value
+
+
 def test_a_condemned_list_that_names_a_delta_says_that_it_is_of_version_2() -> None:
     key = f"deltas/11/{DIGEST}.{SAVE}"
     value = Condemned(format=2, collection=SAVE, reason="corrupt", created=TIME, keys=[key])
