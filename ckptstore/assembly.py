@@ -4,14 +4,14 @@ The counterpart of segments.py. Knows manifests and memory; which tensors are wa
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ckptstore.decoding import decode_chain, get_chain
+from ckptstore.decoding import decode_chain, each_of_chain, get_chain
 from ckptstore.errors import CorruptError, InvalidInputError, retold
 from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest
@@ -44,9 +44,9 @@ class _Job:
 
     @property
     def held_bytes(self) -> int:
-        """What is held while it is under way: the objects, the planes of one, and what is decoded on the way."""
-        on_the_way = min(len(self.chain) - 1, 2) + (0 if self.wholes else 1)
-        return self.stored + (1 + on_the_way) * self.raw
+        """What is held while it is under way: the objects, the planes of one, its base, and itself if it is copied."""
+        is_delta = len(self.chain) > 1
+        return self.stored + (1 + is_delta + (not self.wholes)) * self.raw
 
 
 class Assembly:
@@ -104,7 +104,8 @@ class Assembly:
                     _write(job, contents)
                 except CorruptError:
                     # Once more: it may be the way, not the object, that is bad. If not, which object it is.
-                    _write(job, get_chain(objects, job.chain), verify_each=True)
+                    contents.clear()
+                    _write(job, each_of_chain(objects, job.chain), verify_each=True)
 
         jobs = self._jobs()
         compiled.expect(sum(len(job.chain) * job.raw for job in jobs))
@@ -195,7 +196,7 @@ def _new_memory(length: int) -> ByteArray:
     return room[start : start + length]
 
 
-def _write(job: _Job, contents: Sequence[bytes], *, verify_each: bool = False) -> None:
+def _write(job: _Job, contents: Iterable[bytes], *, verify_each: bool = False) -> None:
     raw = job.wholes[0] if job.wholes else np.empty(job.raw, np.uint8)
     decode_chain(job.chain, contents, raw, verify_each=verify_each)
     for memory in job.wholes[1:]:

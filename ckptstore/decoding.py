@@ -1,6 +1,6 @@
 """A chunk object, and those that it stands on: fetched, and decoded to raw bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,7 +13,13 @@ from ckptstore.objects.base import Objects
 
 def get_chain(objects: Objects, chain: Sequence[ChunkRef]) -> list[bytes]:
     """The objects of a chain. Raises MissingChunkError with the `key` of one that is not there, UnavailableError."""
-    return [_get(objects, ref) for ref in chain]
+    return list(each_of_chain(objects, chain))
+
+
+def each_of_chain(objects: Objects, chain: Sequence[ChunkRef]) -> Iterator[bytes]:
+    """The same one by one, each fetched when it is asked for, so that no more than one need be held."""
+    for ref in chain:
+        yield _get(objects, ref)
 
 
 def _get(objects: Objects, ref: ChunkRef) -> bytes:
@@ -26,29 +32,35 @@ def _get(objects: Objects, ref: ChunkRef) -> bytes:
 
 
 def decode_chain(
-    chain: Sequence[ChunkRef], contents: Sequence[bytes], out: ByteArray, *, verify_each: bool = False
+    chain: Sequence[ChunkRef], contents: Iterable[bytes], out: ByteArray, *, verify_each: bool = False
 ) -> None:
     """Write the raw bytes of the last chunk of a chain into `out`, verified.
 
     Args:
         chain: in the order of decoding: a full chunk, and the deltas on it.
-        contents: the objects of the chain.
+        contents: the objects of the chain; taken one by one, and not kept.
         out: contiguous, as long as the raw bytes of each of the chain. It may have been written to when this raises.
         verify_each: compare each of the chain with its digest, and not only the last, which covers all of them: it
             takes longer, and an error names the object that is damaged and not one that stands on it.
 
     Raises:
         CorruptError: an object is not what was saved; `key` says which, as far as can be told.
+        What `contents` raises, as it is.
     """
     base: chunk.Base | None = None
-    for number, (ref, content) in enumerate(zip(chain, contents, strict=True)):
-        is_last = number == len(chain) - 1
-        raw = out if is_last else np.empty(len(out), np.uint8)
+    # Each chunk and its base take turns in two memories, however long the chain is; the last one's turn is in `out`.
+    other = np.empty(len(out), np.uint8) if len(chain) > 1 else out
+    one_by_one = iter(contents)
+    for number, ref in enumerate(chain):
+        behind = len(chain) - 1 - number
+        raw = other if behind % 2 else out
+        content = next(one_by_one)
         try:
             if len(content) != ref.stored:
                 raise CorruptError(f"it has {len(content)} bytes in place of {ref.stored}")
-            chunk.decode(content, ref.digest if is_last or verify_each else None, raw, base)
+            chunk.decode(content, None if behind and not verify_each else ref.digest, raw, base)
         except CorruptError as error:
             error.key = ref.key
             raise
         base = chunk.Base(ref.digest, raw)
+        del content  # before the next one is fetched

@@ -5,6 +5,7 @@ well-formed, whoever wrote it. Knows nothing of tensors' values and nothing of s
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
@@ -158,10 +159,47 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def paths_of_chunk(self, index: int) -> list[str]:
         """The paths of the tensors that need a chunk of the table, be it as a base."""
-        wanted = self.chunks[index]
-        needing = {number for number in range(len(self.chunks)) if any(ref is wanted for ref in self.chain(number))}
-        segments = {number for number, segment in enumerate(self.segments) if not needing.isdisjoint(segment.chunks)}
-        return [path for path, node in tensors(self.tree, self.segment_bytes) if node.segment in segments]
+        return TensorPaths(self, [index]).of(index)
+
+
+class TensorPaths:
+    """Which tensors need which of some chunks of a manifest: found in one pass over it, however many chunks there are.
+
+    What many tensors share, in many chunks, would be told of once for each pair of them: after `MAX_TOLD` chunks of a
+    segment, its tensors are named for no further one, but for the first where that would have none.
+    """
+
+    MAX_TOLD = 16
+
+    def __init__(self, manifest: Manifest, wanted: Iterable[int]) -> None:
+        self._segments: dict[int, set[int]] = {index: set() for index in wanted}
+        segments_with: dict[int, set[int]] = {}
+        for number, segment in enumerate(manifest.segments):
+            for index in segment.chunks:
+                segments_with.setdefault(index, set()).add(number)
+        for index, numbers in segments_with.items():
+            needed: int | None = index
+            while needed is not None:  # the chunk, and what it stands on
+                if needed in self._segments:
+                    self._segments[needed] |= numbers
+                needed = manifest.chunks[needed].base
+        concerned = {number for numbers in self._segments.values() for number in numbers}
+        self._paths: dict[int, list[tuple[int, str]]] = {number: [] for number in concerned}
+        for place, (path, node) in enumerate(tensors(manifest.tree, manifest.segment_bytes)):
+            if node.segment in concerned:
+                self._paths[node.segment].append((place, path))
+        self._told: Counter[int] = Counter()
+
+    def of(self, index: int) -> list[str]:
+        """The paths of the tensors that need a chunk, be it as a base, in the order of the tree."""
+        found: list[tuple[int, str]] = []
+        for number in self._segments[index]:
+            self._told[number] += 1
+            if self._told[number] <= self.MAX_TOLD:
+                found += self._paths[number]
+        if not found:
+            found = [place for number in self._segments[index] for place in self._paths[number][:1]][:1]
+        return [path for _, path in sorted(found)]
 
 
 class Ended(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -9,13 +9,15 @@ This module walks and describes such trees without torch, so that the command li
 `tree/` turns them into Python objects. Nothing else gives meaning to a tag.
 """
 
+import itertools
 import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
+import blake3
 import msgspec
 
 from ckptstore.errors import CorruptError, NotFoundError
@@ -29,6 +31,8 @@ VALUE_TAGS = frozenset({"int", "float", "complex", "str", "bytes", "scalar", "si
 MAX_DEPTH = 100
 """Of containers within containers."""
 MAX_TENSOR_BYTES = 2**62
+MAX_PATH_CHARACTERS = 500
+"""Of a path as it is told and compared: a long key over many members would cost their product in memory and time."""
 
 ITEM_SIZES: dict[str, int] = {
     "bool": 1,
@@ -192,31 +196,67 @@ def is_tensor(node: Any) -> bool:
 
 
 def join(path: str, key: Any) -> str:
-    """The path of what stands under `key` (a Python key, or an index) of the container at `path`."""
+    """The path of what stands under `key` (a Python key, or an index) of the container at `path`.
+
+    The end of one that would be too long is a digest of all of it, so that different paths stay different.
+    """
+    joined = path + _suffix(path, key)
+    if len(joined) <= MAX_PATH_CHARACTERS:
+        return joined
+    digest = blake3.blake3(joined.encode("utf-8", "surrogatepass")).hexdigest(16)
+    return f"{joined[: MAX_PATH_CHARACTERS - 1 - len(digest)]}…{digest}"
+
+
+def _suffix(path: str, key: Any) -> str:
+    """What a key adds to the path of its container."""
     if isinstance(key, str):
-        return f"{path}.{key}" if path else key
-    return f"{path}[{key!r}]"
+        return f".{key}" if path else key
+    return f"[{key!r}]"
+
+
+def shown(value: Any) -> str:
+    """What a JSON value of a store is, in a few characters for a message; it may be of any length and depth."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return repr(value)[:80]
 
 
 def children(node: Any, path: str) -> list[tuple[str, Any]]:
     """Path and node of each member of a container node; empty for a leaf. Raises CorruptError."""
+    return list(_children(node, path))
+
+
+def _children(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The same one after the other, so that no more than one path of a container's is held."""
+    for key, child in _members(node, path):
+        yield path if key is _NO_KEY else join(path, key), child
+
+
+_NO_KEY: Final = object()
+"""What the tree of a registered value stands under."""
+
+
+def _members(node: Any, path: str) -> Iterator[tuple[Any, Any]]:
+    """Key and node of each member."""
     if isinstance(node, list):
-        return [(join(path, index), child) for index, child in enumerate(node)]
+        return iter(enumerate(node))
     if not isinstance(node, dict) or is_tensor(node):
-        return []
+        return iter(())
     if TAG not in node:
-        return [(join(path, key), child) for key, child in node.items()]
+        return iter(node.items())
     tag, items = node[TAG], node.get("items")
     if isinstance(tag, str):
         if tag in VALUE_TAGS:
-            return []
+            return iter(())
         if tag == "registered" and "tree" in node:
-            return [(path, node["tree"])]
+            return iter([(_NO_KEY, node["tree"])])
         if tag in SEQUENCE_TAGS and isinstance(items, list):
-            return [(join(path, index), child) for index, child in enumerate(items)]
+            return iter(enumerate(items))
         if tag in MAPPING_TAGS and isinstance(items, list) and all(map(_is_pair, items)):
-            return [(join(path, simple_key(key)), child) for key, child in items]
-    raise CorruptError(f"{path or 'the tree'}: what is tagged {tag!r} there is written in a way that makes no sense")
+            return ((simple_key(key), child) for key, child in items)
+    raise CorruptError(
+        f"{path or 'the tree'}: what is tagged {shown(tag)} there is written in a way that makes no sense"
+    )
 
 
 def _is_pair(item: Any) -> bool:
@@ -239,13 +279,19 @@ def decode_plain(node: dict[str, Any]) -> Any:
     raise ValueError("no plain value")
 
 
-def simple_key(node: Any) -> Any:
-    """A dict's key for use in a path: as the Python key where that is readable, else its node as text."""
+def simple_key(node: Any, depth: int = 0) -> Any:
+    """A dict's key for use in a path: as the Python key where that is readable, else its node as text.
+
+    Raises:
+        CorruptError: it is nested deeper than a key can be.
+    """
     if not isinstance(node, dict):
-        return repr(node) if isinstance(node, list) else node
+        return _text(node) if isinstance(node, list) else node
     items = node.get("items")
     if node.get(TAG) == "tuple" and isinstance(items, list):
-        return tuple(simple_key(item) for item in items)
+        if depth > MAX_DEPTH:
+            raise CorruptError(f"a key is nested deeper than {MAX_DEPTH} tuples")
+        return tuple(simple_key(item, depth + 1) for item in items)
     try:
         match node.get(TAG):
             case "str":
@@ -256,6 +302,17 @@ def simple_key(node: Any) -> Any:
                 return decode_plain(node)
     except (KeyError, TypeError, ValueError, struct.error):
         pass  # the text will do; who decodes the key says what is wrong with it
+    return _text(node)
+
+
+def _text(node: Any) -> str:
+    """The text of a key's node, which Python could not write if it were nested too deep."""
+    level, depth = [node], 0
+    while level:
+        if depth > 2 * MAX_DEPTH + 2:  # a tuple or a set is an object with a list in it
+            raise CorruptError(f"a key is nested deeper than {MAX_DEPTH} containers")
+        below = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level, depth = list(itertools.chain.from_iterable(below)), depth + 1
     return repr(node)
 
 
@@ -264,20 +321,27 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
     What modules attach to their dicts (`metadata` of an ordered_dict) is left out: it says nothing to people.
     """
-    return _leaves(node, path, children)
+    return _leaves(node, path, _children)
 
 
-def _leaves(node: Any, path: str, members: Callable[[Any, str], list[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:
-    stack = [(path, node, 0)]
-    while stack:
-        here, current, depth = stack.pop()
-        if depth > MAX_DEPTH:
+def _leaves(
+    node: Any, path: str, members: Callable[[Any, str], Iterator[tuple[str, Any]]]
+) -> Iterator[tuple[str, Any]]:
+    open_containers = [iter([(path, node)])]
+    while open_containers:
+        found = next(open_containers[-1], None)
+        if found is None:
+            open_containers.pop()
+            continue
+        here, current = found
+        if len(open_containers) - 1 > MAX_DEPTH:
             raise CorruptError(f"{here} is nested deeper than {MAX_DEPTH} containers")
         below = members(current, here)
-        if below:
-            stack.extend((name, child, depth + 1) for name, child in reversed(below))
-        else:
+        first = next(below, None)
+        if first is None:
             yield here, current
+        else:
+            open_containers.append(itertools.chain([first], below))
 
 
 def tensors(node: Any, segment_bytes: Sequence[int], path: str = "") -> Iterator[tuple[str, TensorNode]]:
@@ -306,11 +370,10 @@ def tensor_places(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, An
             yield here, leaf
 
 
-def _children_and_metadata(node: Any, path: str) -> list[tuple[str, Any]]:
-    below = children(node, path)
+def _children_and_metadata(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    yield from _children(node, path)
     if isinstance(node, dict) and node.get(TAG) == "ordered_dict" and "metadata" in node:
-        below.append((f"{path}._metadata", node["metadata"]))
-    return below
+        yield f"{path}._metadata", node["metadata"]
 
 
 def find(tree: Any, wanted: str) -> Any:
@@ -318,20 +381,23 @@ def find(tree: Any, wanted: str) -> Any:
 
     Raises NotFoundError that lists what stands at the place where the path leaves the tree.
     """
-    farthest: tuple[str, Any] = ("", tree)
-    stack: list[tuple[str, Any]] = [("", tree)]
+    # How much of `wanted` leads to a node, rather than its path: `wanted` may be longer than paths are told.
+    farthest: tuple[int, Any] = (0, tree)
+    stack: list[tuple[int, Any]] = [(0, tree)]
     while stack:
-        here, node = stack.pop()
-        if here == wanted:
+        length, node = stack.pop()
+        if length == len(wanted):
             return node
-        farthest = max(farthest, (here, node), key=lambda place: len(place[0]))
-        inside = [(path, child) for path, child in children(node, here) if _is_within(wanted, path)]
+        farthest = max(farthest, (length, node), key=lambda place: place[0])
+        inside = []
+        for key, child in _members(node, wanted[:length]):
+            suffix = "" if key is _NO_KEY else _suffix(wanted[:length], key)
+            end = length + len(suffix)
+            if wanted.startswith(suffix, length) and (end == len(wanted) or wanted[end] in ".["):
+                inside.append((end, child))
         # Keys may have dots in them, so there may be several ways; the longest is tried first.
-        stack += sorted(inside, key=lambda place: len(place[0]))
-    here, node = farthest
-    near = ", ".join(path for path, _ in children(node, here)[:12]) or "nothing"
+        stack += sorted(inside, key=lambda place: place[0])
+    length, node = farthest
+    here = wanted[:length]
+    near = ", ".join(path for path, _ in itertools.islice(_children(node, here), 12)) or "nothing"
     raise NotFoundError(f"there is no {wanted!r} in the checkpoint; under {here or 'its root'!r} stand: {near}")
-
-
-def _is_within(wanted: str, path: str) -> bool:
-    return wanted == path or (wanted.startswith(path) and wanted[len(path)] in ".[")

@@ -2,17 +2,18 @@
 
 import threading
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from ckptstore import chunk as chunks
 from ckptstore.catalog import read_marker
 from ckptstore.condemning import condemn_keys
-from ckptstore.decoding import decode_chain, get_chain
+from ckptstore.decoding import decode_chain, each_of_chain
 from ckptstore.errors import CheckpointError, CorruptError, UnsupportedFormatError
 from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, MARKER_KEY, RUNS, SESSIONS, ChunkKey, ManifestKey, run_prefix
 from ckptstore.kernels import compiled
-from ckptstore.manifest import ChunkRef, Manifest, decode_condemned, decode_manifest, decode_session
+from ckptstore.manifest import ChunkRef, Manifest, TensorPaths, decode_condemned, decode_manifest, decode_session
 from ckptstore.objects.base import Objects
 from ckptstore.pipeline import Progress, Stage, staged, worker_threads
 from ckptstore.skeleton import tensors
@@ -67,15 +68,29 @@ class VerifyReport:
         return not self.damaged
 
 
+class _Identity(NamedTuple):
+    """A chunk as one manifest describes it; another one may tell a lie about the same object."""
+
+    key: ChunkKey
+    raw: int
+    stored: int
+    base_digest: str | None
+
+
 @dataclass(slots=True)
 class _Wanted:
     """A chunk to read: its size as a manifest or the listing has it, and the checkpoints that need it."""
 
     key: ChunkKey
     stored: int
-    chain: list[ChunkRef]
-    """What decoding it takes, the chunk itself last; empty if no manifest describes it."""
     users: list[tuple[Manifest, int]] = field(default_factory=list)
+    """With its index in their tables; none if no manifest describes it."""
+
+    @property
+    def chain(self) -> list[ChunkRef]:
+        """What decoding it takes, the chunk itself last; empty if no manifest describes it."""
+        manifest, index = self.users[0] if self.users else (None, 0)
+        return [] if manifest is None else manifest.chain(index)
 
     @property
     def raw_bytes(self) -> int:
@@ -83,10 +98,11 @@ class _Wanted:
 
     @property
     def held_bytes(self) -> int:
-        """What checking it holds in memory."""
-        if not self.chain:
-            return 2 * self.stored
-        return sum(ref.stored for ref in self.chain) + min(len(self.chain), 3) * self.chain[-1].raw
+        """What checking it holds in memory: an object and its planes, what they make, and a delta's base."""
+        chain = self.chain
+        if not chain:
+            return 3 * self.stored  # a guess, as only the object says how long it is
+        return max(ref.stored for ref in chain) + (3 if len(chain) > 1 else 2) * chain[-1].raw
 
 
 def verify(objects: Objects, run: str | None = None, progress: Progress | None = None) -> VerifyReport:
@@ -109,15 +125,17 @@ def verify(objects: Objects, run: str | None = None, progress: Progress | None =
     report.checkpoints = len(manifests)
     total = sum(each.stored for each in wanted)
     compiled.expect(sum(each.raw_bytes for each in wanted))
-    reasons: dict[ChunkKey, str] = {}
+    damaged: list[tuple[_Wanted, str]] = []
+    sound: set[ChunkKey] = set()
 
     def check(each: _Wanted) -> None:
         try:
             _check_chunk(objects, each)
+            sound.add(each.key)
         except CorruptError as error:
             # What a damaged chunk is the base of cannot be checked. It is told of as needing that one.
             if error.key is None or error.key == str(each.key):
-                reasons[each.key] = str(error)
+                damaged.append((each, str(error)))
 
     def count(each: _Wanted) -> None:
         report.chunks += 1
@@ -127,7 +145,7 @@ def verify(objects: Objects, run: str | None = None, progress: Progress | None =
 
     threads = max(worker_threads(), objects.request_threads)
     staged(wanted, [Stage(check, threads)], weigh=lambda each: each.held_bytes, done=count)
-    _report_chunks(objects, [each for each in wanted if each.key in reasons], reasons, marked, report)
+    _report_chunks(objects, sorted(damaged, key=lambda found: found[0].key), sound, marked, report)
     return report
 
 
@@ -149,7 +167,8 @@ def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) ->
             if manifest_key is not None:
                 value = decode_manifest(content, manifest_key)
                 if isinstance(value, Manifest):
-                    list(tensors(value.tree, value.segment_bytes))
+                    for _ in tensors(value.tree, value.segment_bytes):
+                        pass  # each is checked on the way
                     manifests.append(value)
             elif key.startswith(SESSIONS):
                 decode_session(content, key)
@@ -165,22 +184,26 @@ def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) ->
 
 def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int]) -> list[_Wanted]:
     """Every chunk that a manifest needs, and every other one: a save might take it up."""
-    wanted: dict[ChunkKey, _Wanted] = {}
+    wanted: dict[_Identity, _Wanted] = {}
     for manifest in manifests:
         for index, ref in enumerate(manifest.chunks):
             key = ChunkKey(ref.digest, ref.save, ref.base is not None)
-            wanted.setdefault(key, _Wanted(key, ref.stored, manifest.chain(index))).users.append((manifest, index))
+            base_digest = None if ref.base is None else manifest.chunks[ref.base].digest
+            identity = _Identity(key, ref.raw, ref.stored, base_digest)
+            wanted.setdefault(identity, _Wanted(key, ref.stored)).users.append((manifest, index))
+    found = list(wanted.values())
+    described = {each.key for each in found}
     for name, size in sizes.items():
         listed = ChunkKey.parse(name)
-        if listed is not None:
-            wanted.setdefault(listed, _Wanted(listed, size, []))
-    return sorted(wanted.values(), key=lambda each: each.key)
+        if listed is not None and listed not in described:
+            found.append(_Wanted(listed, size))
+    return sorted(found, key=lambda each: each.key)
 
 
 def _check_chunk(objects: Objects, wanted: _Wanted) -> None:
-    if wanted.chain:
-        contents = get_chain(objects, wanted.chain)
-        decode_chain(wanted.chain, contents, np.empty(wanted.chain[-1].raw, np.uint8), verify_each=True)
+    if chain := wanted.chain:
+        room = np.empty(chain[-1].raw, np.uint8)
+        decode_chain(chain, each_of_chain(objects, chain), room, verify_each=True)
         return
     content = objects.get(str(wanted.key))
     if content is None:
@@ -195,28 +218,38 @@ def _check_chunk(objects: Objects, wanted: _Wanted) -> None:
 
 
 def _report_chunks(
-    objects: Objects, damaged: list[_Wanted], reasons: dict[ChunkKey, str], marked: set[str], report: VerifyReport
+    objects: Objects, damaged: list[tuple[_Wanted, str]], sound: set[ChunkKey], marked: set[str], report: VerifyReport
 ) -> None:
-    still_there: dict[ManifestKey, bool] = {}
-    condemned: list[str] = []
-    for each in damaged:
-        rows = []
+    needed: dict[ManifestKey, set[int]] = {}
+    manifest_of: dict[ManifestKey, Manifest] = {}
+    for each, _ in damaged:
         for manifest, index in each.users:
-            # A checkpoint that was deleted while it was verified is not damaged.
-            if manifest.key not in still_there:
-                still_there[manifest.key] = _stands(objects, manifest)
-            if still_there[manifest.key]:
-                rows += [
-                    Damage(manifest.run, manifest.step, path, str(each.key), reasons[each.key])
-                    for path in manifest.paths_of_chunk(index)
-                ]
-        if not each.users:
-            row = Damage(None, None, None, str(each.key), reasons[each.key])
-            # Where it is not marked yet, a save could have taken it up: that is worth an alarm, once.
-            (report.harmless if str(each.key) in marked else report.damaged).append(row)
-        if rows or not each.users:
-            report.damaged += rows
-            condemned.append(str(each.key))
+            needed.setdefault(manifest.key, set()).add(index)
+            manifest_of[manifest.key] = manifest
+    # A checkpoint that was deleted while it was verified is not damaged.
+    paths = {
+        key: TensorPaths(manifest_of[key], indices)
+        for key, indices in needed.items()
+        if _stands(objects, manifest_of[key])
+    }
+    condemned: list[str] = []
+    for each, reason in damaged:
+        standing = [(manifest, index) for manifest, index in each.users if manifest.key in paths]
+        rows = [
+            Damage(manifest.run, manifest.step, path, str(each.key), reason)
+            for manifest, index in standing
+            for path in paths[manifest.key].of(index)
+        ]
+        if standing or not each.users:
+            if rows:
+                report.damaged += rows
+            else:
+                row = Damage(None, None, None, str(each.key), reason)
+                # Where it is not marked yet, a save could have taken it up: that is worth an alarm, once.
+                (report.harmless if str(each.key) in marked else report.damaged).append(row)
+            # Where another manifest describes it as it is, it is not the object that is wrong.
+            if each.key not in sound:
+                condemned.append(str(each.key))
     report.marked = condemn_keys(objects, condemned)
 
 

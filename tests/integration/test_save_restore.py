@@ -453,3 +453,14 @@ def test_nothing_warns_in_good_order(run: ckptstore.Run) -> None:
         array.flags.writeable = False
         run.save({"array": array, "long": bytes(5000)}, step=1)
         assert run.load()["array"].tolist() == list(range(10))
+
+
+def test_tensors_under_very_long_keys_are_restored_each_to_its_place(run: ckptstore.Run) -> None:
+    long = "k" * 2000
+    saved = {long: {"a": torch.ones(3), "b": torch.zeros(3)}, f"{long}2": {"a": torch.full((3,), 2.0)}}
+    run.save(saved, step=1)
+    live = {long: {"a": torch.empty(3), "b": torch.empty(3)}, f"{long}2": {"a": torch.empty(3)}}
+    run.restore(live)
+    assert_same(live, saved)
+    assert torch.equal(run.load(only=f"{long}2.a"), saved[f"{long}2"]["a"])
+    assert len(run.checkpoint().tensors()) == 3

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ckptstore.skeleton import (
     ITEM_SIZES,
     MAPPING_TAGS,
     MAX_DEPTH,
+    MAX_PATH_CHARACTERS,
     SEQUENCE_TAGS,
     TENSOR_TAGS,
     VALUE_TAGS,
@@ -344,3 +346,73 @@ def test_item_bytes_of_numpys_dtypes_are_numpys(dtype: str) -> None:
 )
 def test_what_is_no_dtype_that_is_the_same_everywhere_has_no_item_bytes(text: str) -> None:
     assert numpy_item_bytes(text) is None
+
+
+# ---- what somebody crafted
+
+
+def test_a_path_that_would_be_too_long_ends_in_a_digest_and_stays_different_from_others() -> None:
+    long = "k" * 10_000
+    tree = {long: {"a": [1, 2], "b": 3}, f"{long}2": {"a": 4}}
+    paths = [path for path, _ in leaves(tree)]
+    assert len(set(paths)) == 4
+    assert {len(path) for path in paths} == {MAX_PATH_CHARACTERS}
+    assert all(path.startswith("kkk") and "…" in path for path in paths)
+    assert paths == [path for path, _ in leaves(tree)]
+
+
+def test_a_path_of_the_greatest_length_stands_as_it_is() -> None:
+    key = "k" * (MAX_PATH_CHARACTERS - 2)
+    assert [path for path, _ in leaves({key: {"a": 1}})] == [f"{key}.a"]
+    assert [path for path, _ in leaves({key: {"ab": 1}})] != [f"{key}.ab"]
+
+
+def test_what_stands_at_a_long_path_is_found_by_all_of_it() -> None:
+    long = "k" * 10_000
+    tree = {long: {"a": [1, {"b": 2}]}}
+    assert find(tree, f"{long}.a[1].b") == 2
+    with pytest.raises(NotFoundError, match=r"stand: k+….*\[0\]|stand: k+…"):
+        find(tree, f"{long}.a[7]")
+
+
+def deep(levels: int) -> Any:
+    """Lists within lists, too deep for Python to write out."""
+    node: Any = 1
+    for _ in range(levels):
+        node = [node]
+    return node
+
+
+@pytest.mark.parametrize("levels", [300, 5000])
+def test_keys_and_tags_that_are_nested_too_deep_to_be_written_out_are_corrupt(levels: int) -> None:
+    for tree in (
+        tagged("dict", [deep(levels), 1]),
+        tagged("dict", [{"$": "frozenset", "items": deep(levels)}, 1]),
+        {"$": deep(levels)},
+    ):
+        with pytest.raises(CorruptError) as caught:
+            list(leaves(tree))
+        assert len(str(caught.value)) < 200
+
+
+def test_a_key_that_is_a_tuple_of_tuples_too_deep_is_corrupt() -> None:
+    def nested(levels: int) -> Any:
+        node: Any = 1
+        for _ in range(levels):
+            node = {"$": "tuple", "items": [node]}
+        return node
+
+    assert len(list(leaves(tagged("dict", [nested(100), 1])))) == 1
+    for levels in (102, 5000):
+        with pytest.raises(CorruptError, match="nested deeper than 100 tuples"):
+            list(leaves(tagged("dict", [nested(levels), 1])))
+
+
+def test_walking_a_long_list_holds_one_path_at_a_time() -> None:
+    tree = [0] * 100_000
+    tracemalloc.start()
+    count = sum(1 for _ in leaves(tree))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == len(tree)
+    assert peak < 100_000
