@@ -17,7 +17,7 @@ from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, join, registered_n
 from ckptstore.skeleton import tensors as tensors_below
 from ckptstore.tree import (
     TORCH_DTYPES,
-    decode_hashable,
+    decode_items,
     is_plain_tensor,
     is_stateful,
     registration_named,
@@ -123,7 +123,7 @@ class _Matcher:
         # Numbers, texts and the like cannot be filled in place: the caller takes them from Checkpoint.state.
 
     def _mapping(self, live: Mapping[Any, Any], node: Any, path: str) -> None:
-        saved = _mapping_members(node)
+        saved = _mapping_members(node, path)
         if saved is None:
             self._differs(path, "a dict", node)
             return
@@ -189,7 +189,7 @@ class _Matcher:
 
     def _module(self, module: torch.nn.Module, node: Any, path: str) -> dict[str, torch.Tensor]:
         state = module_state(module)
-        saved = _mapping_members(node)
+        saved = _mapping_members(node, path)
         if saved is None:
             self._differs(path, f"a module ({type(module).__name__})", node)
             return {}
@@ -231,11 +231,11 @@ class _Matcher:
 
     def _check_groups(self, optimizer: torch.optim.Optimizer, node: Any, path: str) -> None:
         """What torch's load_state_dict would refuse, found before anything is changed."""
-        groups = (_mapping_members(node) or {}).get("param_groups")
+        groups = (_mapping_members(node, path) or {}).get("param_groups")
         if not isinstance(groups, list):
             self._differs(path, f"an optimizer ({type(optimizer).__name__})", node)
             return
-        members = [_mapping_members(group) or {} for group in groups]
+        members = [_mapping_members(group, path) or {} for group in groups]
         saved = [len(group.get("params", ())) for group in members]
         live = [len(group["params"]) for group in optimizer.param_groups]
         if saved != live:
@@ -326,15 +326,15 @@ def _unique(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, to
     return ((path, tensor) for path, tensor in found if count[path] == 1)
 
 
-def _mapping_members(node: Any) -> dict[Any, Any] | None:
-    """The members of a saved dict by their keys; None if it is no dict."""
+def _mapping_members(node: Any, path: str) -> dict[Any, Any] | None:
+    """The members of a saved dict by their keys; None if it is no dict. Raises CorruptError."""
     if not isinstance(node, dict):
         return None
     if TAG not in node:
         return node
     if _tag(node) not in MAPPING_TAGS:
         return None
-    return {decode_hashable(key): below for key, below in node["items"]}
+    return {key: below for key, (_, below) in decode_items(node, path).items()}
 
 
 def _unwrapped(keys: Iterable[str]) -> set[str]:

@@ -6,7 +6,7 @@ skeleton and a function that supplies the tensors. Neither knows of chunks or of
 
 from ckptstore.tree.flatten import TensorLeaf, flatten
 from ckptstore.tree.registry import is_plain_tensor, is_stateful, register, registration_named, registration_of
-from ckptstore.tree.unflatten import unflatten
+from ckptstore.tree.unflatten import decode_items, unflatten
 from ckptstore.tree.values import MAX_JSON_INT, TORCH_DTYPES, decode_hashable
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TORCH_DTYPES",
     "TensorLeaf",
     "decode_hashable",
+    "decode_items",
     "flatten",
     "is_plain_tensor",
     "is_stateful",

@@ -12,7 +12,15 @@ from ckptstore.errors import InvalidInputError
 from ckptstore.skeleton import MAX_DEPTH, TAG, join, simple_key
 from ckptstore.tree.refusals import check_array, check_tensor, why_not
 from ckptstore.tree.registry import Registration, is_plain_tensor, is_stateful, registration_of
-from ckptstore.tree.values import VALUE_TYPES, encode_hashable, encode_scalar, encode_value, is_utf8
+from ckptstore.tree.values import (
+    MAX_EQUAL_HASHES,
+    VALUE_TYPES,
+    Hashes,
+    encode_hashable,
+    encode_scalar,
+    encode_value,
+    is_utf8,
+)
 
 MAX_INLINE_BYTES = 1024
 """Bytes objects longer than this go into chunks."""
@@ -141,7 +149,12 @@ class _Flattener:
 
     def items(self, value: dict[Any, Any], path: str, depth: int) -> list[Any]:
         items = []
+        hashes = Hashes()
         for key, item in value.items():
+            if not hashes.may_add(key):
+                raise InvalidInputError(
+                    f"{path or 'the state'}: more than {MAX_EQUAL_HASHES} keys have the same hash. Use a list of pairs."
+                )
             encoded = encode_hashable(key, f"a key of {path or 'the state'}")
             items.append([encoded, self.node(item, join(path, simple_key(encoded)), depth + 1)])
         return items

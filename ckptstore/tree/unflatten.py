@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ckptstore.errors import CorruptError, InvalidInputError, UnsupportedFormatError
-from ckptstore.skeleton import MAX_DEPTH, TAG, TensorNode, join, simple_key
+from ckptstore.skeleton import MAX_DEPTH, TAG, TensorNode, join, shown, simple_key
 from ckptstore.tree.flatten import FACTORIES
 from ckptstore.tree.registry import registration_named
-from ckptstore.tree.values import TORCH_DTYPES, decode_hashable
+from ckptstore.tree.values import MAX_EQUAL_HASHES, TORCH_DTYPES, Hashes, decode_hashable
 
 
 def unflatten(
@@ -116,24 +116,14 @@ class _Unflattener:
         members = self.members(node, path, depth)
         maxlen = node.get("maxlen")
         if maxlen is not None and (type(maxlen) is not int or not len(members) <= maxlen < 2**63):
-            _refuse(node, path, f"it has {len(members)} members and room for {maxlen!r:.80}")
+            _refuse(node, path, f"it has {len(members)} members and room for {shown(maxlen)}")
         return deque(members, maxlen)
 
     def items(self, node: dict[str, Any], path: str, depth: int) -> dict[Hashable, Any]:
-        pairs = node.get("items")
-        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            _refuse(node, path, "its items are no pairs")
-        found: dict[Hashable, Any] = {}
-        for key_node, item in pairs:
-            key = decode_hashable(key_node, f"a key of {path or 'the tree'}")
-            value = self.value(item, join(path, simple_key(key_node)), depth + 1)
-            try:
-                found[key] = value
-            except TypeError:
-                _refuse(node, path, "a key cannot be one")
-        if len(found) != len(pairs):
-            _refuse(node, path, "a key stands twice")
-        return found
+        return {
+            key: self.value(item, join(path, simple_key(key_node)), depth + 1)
+            for key, (key_node, item) in decode_items(node, path).items()
+        }
 
     def ordered_dict(self, node: dict[str, Any], path: str, depth: int) -> "OrderedDict[Hashable, Any]":
         ordered = OrderedDict(self.items(node, path, depth))
@@ -145,8 +135,28 @@ class _Unflattener:
     def defaultdict(self, node: dict[str, Any], path: str, depth: int) -> "defaultdict[Hashable, Any]":
         name = node.get("factory")
         if name is not None and (not isinstance(name, str) or name not in FACTORIES):
-            _refuse(node, path, f"its factory {name!r:.80} is none that it can have")
+            _refuse(node, path, f"its factory {shown(name)} is none that it can have")
         return defaultdict(None if name is None else FACTORIES[name], self.items(node, path, depth))
+
+
+def decode_items(node: dict[str, Any], path: str) -> dict[Hashable, tuple[Any, Any]]:
+    """The members of a dict with any keys: by key, the node of the key and that of the member. Raises CorruptError."""
+    pairs = node.get("items")
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        _refuse(node, path, "its items are no pairs")
+    found: dict[Hashable, tuple[Any, Any]] = {}
+    hashes = Hashes()
+    for key_node, item in pairs:
+        key = decode_hashable(key_node, f"a key of {path or 'the tree'}")
+        try:
+            if not hashes.may_add(key):
+                _refuse(node, path, f"more than {MAX_EQUAL_HASHES} keys have the same hash")
+        except TypeError:
+            _refuse(node, path, "a key cannot be one")
+        found[key] = (key_node, item)
+    if len(found) != len(pairs):
+        _refuse(node, path, "a key stands twice")
+    return found
 
 
 def _refuse(node: dict[str, Any], path: str, why: str) -> NoReturn:

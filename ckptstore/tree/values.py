@@ -6,6 +6,7 @@ What encodes a type and what decodes it stand side by side here. Containers that
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
@@ -14,7 +15,11 @@ import numpy as np
 import torch
 
 from ckptstore.errors import CorruptError, InvalidInputError, UnsupportedFormatError
-from ckptstore.skeleton import ITEM_SIZES, MAX_DEPTH, TAG, decode_plain, numpy_item_bytes
+from ckptstore.skeleton import ITEM_SIZES, MAX_DEPTH, TAG, decode_plain, numpy_item_bytes, shown
+
+MAX_EQUAL_HASHES = 100
+"""Members of one set, or keys of one dict, whose hashes are equal: making it takes time for each pair of them. Numbers
+that are not chosen for it hardly ever have equal hashes, and those of texts differ from process to process."""
 
 MAX_JSON_INT = 2**53
 """Integers from here on are written in hex: other JSON readers would round them."""
@@ -74,6 +79,8 @@ def encode_hashable(value: Any, path: str, depth: int = 0) -> Any:
     if type(value) is tuple:
         return {TAG: "tuple", "items": [encode_hashable(item, path, depth + 1) for item in value]}
     if type(value) in (set, frozenset):
+        if not all(map(Hashes().may_add, value)):
+            raise InvalidInputError(f"{path}: more than {MAX_EQUAL_HASHES} members have the same hash. Use a list.")
         # Sorted, because the order of a set differs from process to process.
         items = sorted((encode_hashable(item, path, depth + 1) for item in value), key=msgspec.json.encode)
         return {TAG: type(value).__name__, "items": items}
@@ -100,6 +107,19 @@ def encode_scalar(value: "np.generic[Any]", path: str) -> Any:
     return {TAG: "scalar", "dtype": text, "hex": value.tobytes().hex()}
 
 
+class Hashes:
+    """Counts the hashes of the members of a set, or of the keys of a dict, before it is made."""
+
+    def __init__(self) -> None:
+        self._count: Counter[int] = Counter()
+
+    def may_add(self, member: Hashable) -> bool:
+        """False if too many others have its hash. Raises TypeError for what has none."""
+        number = hash(member)
+        self._count[number] += 1
+        return self._count[number] <= MAX_EQUAL_HASHES
+
+
 def decode_hashable(node: Any, path: str = "") -> Hashable:
     """The inverse of `encode_value`, `encode_scalar` and `encode_hashable`.
 
@@ -111,10 +131,10 @@ def decode_hashable(node: Any, path: str = "") -> Hashable:
         value: Hashable = _decode(node, 0)
         return value
     except (LookupError, TypeError, ValueError, OverflowError, RuntimeError, struct.error) as error:
-        what = repr(node.get(TAG)) if isinstance(node, dict) else "key or member"
+        what = shown(node.get(TAG)) if isinstance(node, dict) else "key or member"
         # The text of an error may quote all of what it could not read.
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise CorruptError(f"{path or 'the tree'}: the {what[:80]} there cannot be read ({reason})") from error
+        raise CorruptError(f"{path or 'the tree'}: the {what} there cannot be read ({reason})") from error
 
 
 def _decode(node: Any, depth: int) -> Any:
@@ -129,6 +149,8 @@ def _decode(node: Any, depth: int) -> Any:
             return tuple(_members(node, depth))
         case "set" | "frozenset" as tag:
             members = _members(node, depth)
+            if not all(map(Hashes().may_add, members)):
+                raise ValueError(f"more than {MAX_EQUAL_HASHES} members have the same hash")
             found = set(members) if tag == "set" else frozenset(members)
             if len(found) != len(members):
                 raise ValueError("a member stands twice")

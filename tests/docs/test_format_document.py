@@ -32,6 +32,7 @@ from ckptstore.manifest import (
 from ckptstore.sealed import seal
 from ckptstore.skeleton import MAPPING_TAGS, SEQUENCE_TAGS, TENSOR_TAGS, VALUE_TAGS, TensorNode
 from ckptstore.tree import flatten, register, unflatten
+from ckptstore.tree.values import MAX_EQUAL_HASHES
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 SAVE = "3d1f0b8c5e7a42d9b6c0f1e2a3948576"
@@ -413,6 +414,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert limits["length of a run's name"] == "128"
     assert format.is_run_name(128 * "a") and not format.is_run_name(129 * "a")
     assert limits["containers within containers"] == str(skeleton.MAX_DEPTH)
+    assert limits["members of a set, or keys of a dict, with one hash"] == str(MAX_EQUAL_HASHES)
     assert limits["bytes of a tensor"] == "below 2**62"
     assert skeleton.MAX_TENSOR_BYTES == 2**62
     sizes = [TensorNode("tensor", "uint8", shape, 0) for shape in (64 * (1,), (2**48,), 65 * (1,), (2**48 + 1,))]

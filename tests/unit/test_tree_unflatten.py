@@ -12,6 +12,7 @@ import torch
 from ckptstore.errors import CorruptError, InvalidInputError, UnsupportedFormatError
 from ckptstore.skeleton import ITEM_SIZES, TensorNode
 from ckptstore.tree import TORCH_DTYPES, decode_hashable, flatten, register, unflatten
+from ckptstore.tree.values import MAX_EQUAL_HASHES
 from tests.strategies import assert_same, through_json
 
 
@@ -254,3 +255,45 @@ def test_a_tensor_of_a_dtype_that_this_torch_lacks_is_unsupported(monkeypatch: p
 def test_the_dtypes_have_the_sizes_that_the_format_says() -> None:
     """Those of them, at least, that this torch has."""
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}.items() <= ITEM_SIZES.items()
+
+
+# ---- numbers that were chosen for their hashes
+
+SAME_HASH = 2**61 - 1
+"""Python's hash of an int is its remainder by this."""
+
+
+def numbers_of_one_hash(count: int) -> list[dict[str, Any]]:
+    return [{"$": "int", "hex": hex((number + 1) * SAME_HASH)} for number in range(count)]
+
+
+def with_members(tag: str, members: list[Any]) -> dict[str, Any]:
+    if tag in ("set", "frozenset"):
+        return {"$": tag, "items": members}
+    return {"$": tag, "items": [[member, 1] for member in members]}
+
+
+@pytest.mark.parametrize("tag", ["set", "frozenset", "dict", "ordered_dict", "defaultdict", "counter"])
+def test_so_many_equal_hashes_that_they_would_cost_time_for_each_pair_are_corrupt(tag: str) -> None:
+    assert len(read(with_members(tag, numbers_of_one_hash(MAX_EQUAL_HASHES)))["opt"]["x"]) == MAX_EQUAL_HASHES
+    with pytest.raises(CorruptError, match=f"more than {MAX_EQUAL_HASHES} (members|keys) have the same hash"):
+        read(with_members(tag, numbers_of_one_hash(MAX_EQUAL_HASHES + 1)))
+
+
+def test_tuples_of_such_numbers_have_equal_hashes_too() -> None:
+    members = [{"$": "tuple", "items": [number, 1]} for number in numbers_of_one_hash(MAX_EQUAL_HASHES + 1)]
+    with pytest.raises(CorruptError, match="members have the same hash"):
+        read(with_members("set", members))
+
+
+@pytest.mark.parametrize("make", [set, frozenset, dict.fromkeys, Counter])
+def test_what_could_not_be_read_again_is_not_saved(make: Any) -> None:
+    numbers = [(number + 1) * SAME_HASH for number in range(MAX_EQUAL_HASHES + 1)]
+    flatten({"x": make(numbers[:-1])})
+    with pytest.raises(InvalidInputError, match=r"x.*more than 100 (members|keys) have the same hash"):
+        flatten({"x": make(numbers)})
+
+
+def test_numbers_as_they_come_are_read_however_many_there_are() -> None:
+    numbers = [*range(-5000, 5000), *(2**60 + number for number in range(1000)), *(number / 7 for number in range(999))]
+    assert read(with_members("set", sorted(set(numbers))))["opt"]["x"] == set(numbers)
