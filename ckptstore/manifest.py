@@ -32,7 +32,7 @@ from ckptstore.format import (
     session_key,
 )
 from ckptstore.sealed import seal, unseal
-from ckptstore.skeleton import leaves, tensors
+from ckptstore.skeleton import MAPPING_TAGS, TAG, leaves, tensors
 
 # \Z and not $, which would let a line break at the end pass, into a key.
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -302,9 +302,11 @@ def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
         _check_bases(value)
         _check_segments(value)
         # The tree may be long and is checked where it is walked; these two are short, and read as they stand.
-        for node in (value.metrics, value.metadata):
+        for name, node in (("metrics", value.metrics), ("metadata", value.metadata)):
             for _ in leaves(node):
                 pass
+            if TAG in node and node[TAG] not in MAPPING_TAGS:
+                raise CorruptError(f"{key}: its {name} are no dict")
     return value
 
 

@@ -407,7 +407,14 @@ def test_a_chunks_key_is_made_of_its_digest_and_the_save_that_put_it() -> None:
     assert [chunk.key for chunk in manifest().chunks] == [f"chunks/11/{DIGEST}.{SAVE}", f"chunks/22/{DIGEST_2}.{OTHER}"]
 
 
-@pytest.mark.parametrize("value", [None, 5, "loss", [], [["loss", 0.5]], {"a": {"$": "unknown"}}, {"$": []}], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, 5, "loss", [], [["loss", 0.5]], {"a": {"$": "unknown"}}, {"$": []}),
+        *({"$": "tuple", "items": [["loss", 0.5]]}, {"$": "set", "items": []}, {"$": "float", "bits": 16 * "0"}),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("member", ["metrics", "metadata"])
 def test_metrics_and_metadata_that_are_no_dict_of_values_are_corrupt(member: str, value: Any) -> None:
     with pytest.raises(CorruptError):
