@@ -27,9 +27,11 @@ S3_POOL_CONNECTIONS = 64
 SINGLE_PUT_BYTES = 2**31
 """Below twice this, s3fs makes a create one request: look-alikes may ignore If-None-Match on multipart uploads."""
 CONFLICT_TRIES = 8
+BODY_TRIES = 5
 LOST_RACE = {"PreconditionFailed", "412"}
 CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
-NO_KEY = {"NoSuchKey", "404"}
+NO_KEY = {"NoSuchKey"}
+"""Not a bare 404, which may be of anything on the way: a manifest would pass for deleted, and a store for a new one."""
 REFUSED = {"AccessDenied", "AllAccessDisabled", "403"}
 BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "InvalidSecurity"}
 S3_PERMISSIONS = {"create": "s3:PutObject", "write": "s3:PutObject", "read": "s3:GetObject", "list": "s3:ListBucket",
@@ -115,7 +117,7 @@ class FsspecObjects(Objects):
         with self._explained("read", key):
             connection = self._connected()
             try:
-                return bytes(connection.fs.cat_file(f"{connection.root}/{key}", **self._get_options()))
+                return self._content(connection, f"{connection.root}/{key}")
             except FileNotFoundError as error:
                 if self._is_missing_key(error):
                     return None
@@ -169,8 +171,8 @@ class FsspecObjects(Objects):
     def _create_options(self) -> dict[str, Any]:
         return {"mode": "create"}
 
-    def _get_options(self) -> dict[str, Any]:
-        return {}
+    def _content(self, connection: _Connection, path: str) -> bytes:
+        return bytes(connection.fs.cat_file(path))
 
     def _is_missing_key(self, error: FileNotFoundError) -> bool:
         """Tell an absent key from an absent bucket; in general only the backend knows."""
@@ -316,10 +318,13 @@ class S3Objects(FsspecObjects):
     def _create_options(self) -> dict[str, Any]:
         return {"mode": "create", "chunksize": SINGLE_PUT_BYTES}
 
-    def _get_options(self) -> dict[str, Any]:
-        # One GET. With more, s3fs asks for the size first: a request more, a 404 that does not tell a missing bucket
-        # from a missing key, and parts that could come from two versions of the object.
-        return {"max_concurrency": 1}
+    def _content(self, connection: _Connection, path: str) -> bytes:
+        # One GET, and not s3fs's cat_file. That asks for the size first: a request more, a 404 that does not tell a
+        # missing bucket from a missing key, and parts that could come from two versions of the object. Or else it
+        # tries again what has been tried again already: 125 requests to a server that does not answer, half an hour.
+        from fsspec.asyn import sync
+
+        return bytes(sync(connection.fs.loop, _read_object, connection.fs, *connection.fs.split_path(path)[:2]))
 
     def _is_missing_key(self, error: FileNotFoundError) -> bool:
         return _code(error) in NO_KEY
@@ -342,7 +347,10 @@ class S3Objects(FsspecObjects):
         while True:
             page = connection.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=start + prefix, **request)
             yield len(start), page
-            if not page.get("IsTruncated"):
+            if "IsTruncated" not in page:
+                # Such as an answer without its body, which must not pass for an empty listing.
+                raise OSError("the answer is no listing: the server, or something on the way to it, is faulty")
+            if not page["IsTruncated"]:
                 return
             if not page.get("NextContinuationToken"):
                 raise OSError("the listing is cut off: the server says that there is more, and not where")
@@ -372,6 +380,23 @@ class S3Objects(FsspecObjects):
         if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
             return "The bucket is in another region: give it as storage_options={'client_kwargs': {'region_name': …}}."
         return "Check the network, the endpoint_url and the storage_options, then try again."
+
+
+async def _read_object(fs: Any, bucket: str, key: str) -> bytes:
+    """One GET. Its request is tried again by s3fs and botocore, what goes wrong in the middle of the body here."""
+    for attempt in range(BODY_TRIES):
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
+        try:
+            if "ETag" not in answer:
+                raise OSError("the answer is not S3's: the server, or something on the way to it, is faulty")
+            return bytes(await answer["Body"].read())
+        except _foreign_errors():  # also cut off, stalled, or not of the checksum that came along
+            if attempt == BODY_TRIES - 1:
+                raise
+        finally:
+            answer["Body"].close()
+        await asyncio.sleep(random.uniform(0.1, 0.2) * 2**attempt)
+    raise AssertionError("unreachable")
 
 
 def _never_shows_empty_folders(page: Mapping[str, Any]) -> bool:
