@@ -85,6 +85,9 @@ class Place:
     def sessions(self) -> int:
         return len(self.objects.list("sessions/"))
 
+    def manifests(self) -> int:
+        return len(self.objects.list("runs/"))
+
     def check(self, *steps: int) -> None:
         """Past the faults: the store verifies in full, and holds just these steps, each as it was saved."""
         report = self.clean.verify()
@@ -204,6 +207,7 @@ def test_a_request_that_is_delivered_twice_does_no_harm(any_place: Place, which:
     assert any_place.save().step == 2
     assert rule.played
     any_place.check(1, 2)
+    assert any_place.manifests() == 2  # it was not taken for fenced, and done again
     assert any_place.sessions() == 0
 
 
@@ -275,6 +279,7 @@ def test_a_commit_whose_answers_are_all_lost_is_known_by_reading(any_place: Plac
     assert any_place.save().step == 2
     assert rule.played > 1
     any_place.check(1, 2)
+    assert any_place.manifests() == 2  # it was not taken for fenced, and done again
     assert any_place.sessions() == 0
 
 
@@ -299,6 +304,7 @@ def test_a_commit_that_arrives_late_finds_its_place_taken_by_the_retry(any_place
     assert any_place.save().step == 2
     assert late.deliver() == [412]
     any_place.check(1, 2)
+    assert any_place.manifests() == 2  # it was not taken for fenced, and done again
 
 
 def test_a_commit_that_arrives_after_the_save_has_given_up_makes_a_sound_checkpoint(any_place: Place) -> None:
@@ -322,6 +328,7 @@ def test_a_save_that_was_repeated_and_then_came_late_as_well_stands_once(place: 
     place.save()
     late.deliver()
     place.check(1, 2)
+    assert place.manifests() == 3
     place.run.delete(2)
     place.check(1)
 
