@@ -20,3 +20,67 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
               $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
+.PHONY: help venv demo test check format bench explore torture fuzz coverage clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
+		printf '%-16s %s\n' "$$target" "$$text"; done
+
+venv: $(VENV)/.installed  ## make .venv with the package and all that development needs
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing ckptstore and its development tools into $(VENV); the first time this takes some minutes."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+# Where .venv stands already, it does for the demo too: it holds more.
+DEMO_STAMP := $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(DEMO_VENV)/.installed)
+
+$(DEMO_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing ckptstore and its trainer into $(DEMO_VENV); most of the download is PyTorch."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -x $(DEMO_VENV)/bin/python || $(PYTHON) -m venv $(DEMO_VENV)
+	@$(DEMO_VENV)/bin/python $(PIP_INSTALL) -e '.[trainer]'
+	@touch $@
+
+demo: $(DEMO_STAMP)  ## train, kill in the middle of a save, resume, prove that nothing was lost (2 minutes)
+	@$(dir $<)bin/python -m trainer.demo $(DEMO_ARGS)
+
+test: venv  ## run the tests (PYTEST_ARGS='-k restore', JOBS=4)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+check: venv  ## formatting, lint, types, imports between modules, code in the documents
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q tests/docs
+
+format: venv  ## format the code and mend what can be mended
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: venv  ## run the benchmarks (BENCH_ARGS=...)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+explore: venv  ## walk every interleaving of saves, deletes and collections (some minutes, some GB of memory)
+	@$(BIN)/python -m tests.explorer $(EXPLORE_ARGS)
+
+torture: venv  ## kill, stop and stress processes that share a store, on a disk and on S3 (20 minutes)
+	@$(BIN)/python -m tests.torture $(TORTURE_ARGS)
+
+fuzz: venv  ## read hostile stores (FUZZ_INPUTS=100000, FUZZ_ARGS='--seed 2 --kind store')
+	@$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) $(FUZZ_ARGS)
+
+coverage: venv  ## run the tests and show which lines none of them reaches
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --skip-covered --show-missing
+
+clean:  ## remove what was built, installed and cached here
+	@rm -rf $(VENV) $(DEMO_VENV) demo-ckpts build dist htmlcov .coverage .coverage.* \
+		.hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
