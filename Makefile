@@ -81,6 +81,6 @@ coverage: venv  ## run the tests and show which lines none of them reaches
 	@$(BIN)/coverage report --skip-covered --show-missing
 
 clean:  ## remove what was built, installed and cached here
-	@rm -rf $(VENV) $(DEMO_VENV) demo-ckpts build dist htmlcov .coverage .coverage.* \
+	@rm -rf $(VENV) $(DEMO_VENV) demo-ckpts fuzz-escapes build dist htmlcov .coverage .coverage.* \
 		.hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
