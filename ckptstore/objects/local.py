@@ -35,6 +35,7 @@ NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 ADVICE = {
     errno.ENOSPC: "The disk is full: free some space, then try again.",
     errno.EDQUOT: "Your quota on this disk is used up: free some space or have it raised, then try again.",
+    errno.EFBIG: "Files may not be that large here: raise `ulimit -f`, or use another file system.",
     errno.EACCES: "Check who owns this folder and its permissions.",
     errno.EPERM: "Check who owns this folder, its permissions and its attributes.",
     errno.EROFS: "The file system is mounted read-only: mount it writable, or save somewhere else.",
