@@ -17,11 +17,12 @@ from ckptstore.chunk import Base, encode_over
 from ckptstore.chunk import decode as decode_chunk
 from ckptstore.chunk import digest as digest_of
 from ckptstore.chunk import encode as encode_chunk
+from ckptstore.decoding import decode_chain, each_of_chain
 from ckptstore.deltas import Held
 from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, UnavailableError
 from ckptstore.format import Codec, chunk_key, session_key
 from ckptstore.kernels import ByteArray
-from ckptstore.manifest import Session, encode
+from ckptstore.manifest import ChunkRef, Session, encode
 from ckptstore.objects.base import ObjectInfo, Objects
 from ckptstore.objects.open import store_time
 from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Progress, Stage, each, staged
@@ -116,6 +117,8 @@ class Performer:
                 self._objects.delete(session_key(save_id))
             case protocol.Upload(save_id, digests, bases):
                 return self._upload(save_id, digests, bases)
+            case protocol.Check(chunk):
+                return self._is_good(chunk)
             case protocol.Sync(keys):
                 return self._objects.sync(keys)
             case protocol.Delete(keys):
@@ -206,6 +209,23 @@ class Performer:
             self.damaged.append(error)
             return None
         return Base(held.digest, raw)
+
+    def _is_good(self, held: Held) -> bool:
+        chain = [
+            ChunkRef(
+                digest=link.digest,
+                save=link.save,
+                raw=link.raw,
+                stored=link.stored,
+                base=None if link.base is None else 0,  # that it has one is all that counts here
+            )
+            for link in held.chain
+        ]
+        try:
+            decode_chain(chain, each_of_chain(self._objects, chain), np.empty(held.raw, np.uint8))
+        except CorruptError:
+            return False
+        return True
 
     def _stop_heart(self) -> None:
         if self._heart is not None:

@@ -8,6 +8,7 @@ from ckptstore.protocol.candidates import Candidate, current, may_be_committed, 
 from ckptstore.protocol.collects import Collected, CollectRequest, collect
 from ckptstore.protocol.deletes import bury_all, delete
 from ckptstore.protocol.operations import (
+    Check,
     Clock,
     Close,
     Create,
@@ -22,10 +23,12 @@ from ckptstore.protocol.operations import (
     Upload,
     Uploaded,
 )
+from ckptstore.protocol.repairs import Repaired, RepairRequest, repair
 from ckptstore.protocol.saves import SaveRequest, save
 
 __all__ = [
     "Candidate",
+    "Check",
     "Clock",
     "Close",
     "CollectRequest",
@@ -38,6 +41,8 @@ __all__ = [
     "Operation",
     "Pause",
     "Put",
+    "RepairRequest",
+    "Repaired",
     "SaveRequest",
     "Sync",
     "Upload",
@@ -49,5 +54,6 @@ __all__ = [
     "may_be_committed",
     "read_candidate",
     "read_condemned",
+    "repair",
     "save",
 ]

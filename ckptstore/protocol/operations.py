@@ -70,6 +70,12 @@ class Uploaded(Struct, frozen=True):
     """The key of its base, if that turned out to be damaged."""
 
 
+class Check(Struct, frozen=True):
+    """-> bool: whether a chunk is there and, read to the last byte, what its digest says."""
+
+    chunk: Held
+
+
 class Sync(Struct, frozen=True):
     """-> None, when all of `keys` are durable, whoever put them."""
 
@@ -98,4 +104,4 @@ def in_batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
         yield list(items[start : start + size])
 
 
-Operation = List | Get | Create | Put | Open | Close | Upload | Sync | Delete | Clock | Pause
+Operation = List | Get | Create | Put | Open | Close | Upload | Check | Sync | Delete | Clock | Pause

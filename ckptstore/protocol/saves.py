@@ -4,7 +4,7 @@ The numbers in the comments are those of the section "Save" of docs/explanation/
 stand in this order.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from msgspec import Struct, field
@@ -73,14 +73,13 @@ def save(request: SaveRequest) -> Generator[Operation, Any, Manifest]:
     except (Exception, KeyboardInterrupt):
         # No manifest was created, so the outcome is known. What was uploaded stays for the collector: another save
         # may have found it and reuse it.
-        yield from _close_quietly(request.save)
+        yield from close_quietly(request.save)
         raise
-    yield from _commit(request, manifest)
-    yield from _clean_up(request, found.replaces)
+    yield from commit(manifest, [ManifestKey(request.run, request.step, save) for save in found.replaces])
     return manifest
 
 
-def _close_quietly(save_id: str) -> Generator[Operation, Any, None]:
+def close_quietly(save_id: str) -> Generator[Operation, Any, None]:
     """Close a session once the outcome is known: a failure to do so must not hide it, be it an error or a success."""
     try:
         yield Close(save_id)
@@ -237,49 +236,46 @@ def _manifest(request: SaveRequest, replaces: list[str], chunks: list[ChunkRef],
     )
 
 
-def _commit(request: SaveRequest, manifest: Manifest) -> Generator[Operation, Any, None]:
-    """Step 5. Returns when the manifest is known to stand; a lost answer is told from a lost race by reading."""
+def commit(manifest: Manifest, replaced: Sequence[ManifestKey]) -> Generator[Operation, Any, None]:
+    """Steps 5 and 6: create the manifest, bury what it replaces, close the session.
+
+    Returns when the manifest is known to stand; a lost answer is told from a lost race by reading.
+    """
     key, content = manifest.key, encode(manifest)
     try:
-        if (yield Create(str(key), content)):
-            return
-        [found] = yield Get((str(key),))
+        if not (yield Create(str(key), content)):
+            [found] = yield Get((str(key),))
+        else:
+            found = content
     except UnavailableError as error:
-        found = yield from _look_after_lost_answer(request, key, error)
+        found = yield from _look_after_lost_answer(key, error)
     if found != content:
-        yield from _close_quietly(request.save)
+        yield from close_quietly(manifest.save)
         raise FencedError(
-            f"the save of step {request.step} of run {request.run!r} was taken for dead by a collection, because this "
-            f"process did not show itself in time, and can no longer commit ({key}). Save again."
+            f"the save of step {key.step} of run {key.run!r} was taken for dead by a collection, because this process "
+            f"did not show itself in time, and can no longer commit ({key}). Save again."
         )
+    try:
+        for each in replaced:
+            yield from bury(each, manifest.created)
+    except UnavailableError:
+        pass  # the manifest stands, and what it replaces is not current even so
+    yield from close_quietly(manifest.save)
 
 
-def _look_after_lost_answer(
-    request: SaveRequest, key: ManifestKey, error: UnavailableError
-) -> Generator[Operation, Any, bytes]:
+def _look_after_lost_answer(key: ManifestKey, error: UnavailableError) -> Generator[Operation, Any, bytes]:
     """What stands where a manifest could not be created, or could, but the answer was lost."""
     try:
         [found] = yield Get((str(key),))
     except UnavailableError:
         raise UnavailableError(
-            f"whether step {request.step} of run {request.run!r} was saved is not known: {error} Once the store can be "
+            f"whether step {key.step} of run {key.run!r} was saved is not known: {error} Once the store can be "
             "reached again, save the step again: that is safe either way."
         ) from error
     if found is None:
         raise UnavailableError(
-            f"step {request.step} of run {request.run!r} was not saved, as far as can be seen now: {error} "
+            f"step {key.step} of run {key.run!r} was not saved, as far as can be seen now: {error} "
             "Save it again: that is safe either way."
         ) from error
     yield Sync((str(key),))
     return found  # type: ignore[no-any-return]
-
-
-def _clean_up(request: SaveRequest, replaces: list[str]) -> Generator[Operation, Any, None]:
-    """After the commit: delete what it replaces, close the session (6). Failures are left to the collector."""
-    try:
-        for save_id in replaces:
-            key = ManifestKey(request.run, request.step, save_id)
-            yield from bury(key, request.created)
-    except UnavailableError:
-        pass  # the manifest stands, and what it replaces is not current even so
-    yield from _close_quietly(request.save)

@@ -24,6 +24,7 @@ from ckptstore.format import RUNS, ChunkKey, ManifestKey, chunk_key, session_key
 from ckptstore.manifest import Manifest, decode_manifest, encode
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol import (
+    Check,
     Clock,
     Close,
     Create,
@@ -108,6 +109,8 @@ def perform(operation: Operation, content: Content) -> Iterable[tuple[Any, Conte
         case Upload(save, (digest,), bases):
             key = chunk_key(digest, save, is_delta=bool(bases))
             yield {digest: Uploaded(len(CHUNK), is_delta=bool(bases))}, content | {(key, CHUNK)}
+        case Check(chunk):
+            yield all(link.key in there for link in chunk.chain), content
         case Clock():
             yield ALIVE, content
             yield DEAD, content

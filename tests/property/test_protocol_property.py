@@ -1,4 +1,4 @@
-"""Random histories of saves, deletes and collections, step by step in any order, some of them never finished.
+"""Random histories of saves, deletes, collections and repairs, step by step in any order, some of them never finished.
 
 The explorer walks every interleaving of a small scene. Here the scenes are larger: several chunks, deltas, steps saved
 again, damage that is marked, lists that wait; the interleavings are drawn.
@@ -63,6 +63,16 @@ def an_actor(draw: random.Random, number: int) -> Callable[[], Steps]:
     return lambda: protocol.collect(request)
 
 
+def a_repair(draw: random.Random, number: int, content: Content) -> Callable[[], Steps] | None:
+    there = sorted(manifest.key for manifest in manifests(content))
+    if not there:
+        return None
+    request = protocol.RepairRequest(
+        manifest=draw.choice(there), sources=tuple(there), save=save_id(number), created=NOW, writer=WRITER
+    )
+    return lambda: protocol.repair(request)
+
+
 def mark_as_corrupt(draw: random.Random, number: int, content: Content) -> Content:
     """What `verify` does when it finds damage: a list of its own."""
     keys = sorted(key for key, _ in content if key.startswith(("chunks/", "deltas/")))
@@ -81,7 +91,8 @@ def play(draw: random.Random, steps: int) -> Content:
     at_work: list[tuple[Steps, Any]] = []
     for number in range(1, steps):
         if len(at_work) < 4 and draw.random() < 0.3:
-            at_work.append((atomic(an_actor(draw, number)()), None))
+            actor = a_repair(draw, number, content) if draw.random() < 0.2 else None
+            at_work.append((atomic((actor or an_actor(draw, number))()), None))
         if draw.random() < 0.01:
             content = mark_as_corrupt(draw, number, content)
         if draw.random() < 0.02 and at_work:
@@ -89,14 +100,14 @@ def play(draw: random.Random, steps: int) -> Content:
         if not at_work:
             continue
         turn = draw.randrange(len(at_work))
-        actor, answer = at_work[turn]
+        working, answer = at_work[turn]
         try:
-            operation = actor.send(answer)
+            operation = working.send(answer)
         except StopIteration:
             at_work.pop(turn)
             continue
         answer, content = draw.choice(list(perform(operation, content)))
-        at_work[turn] = (actor, answer)
+        at_work[turn] = (working, answer)
         assert lost_chunk(content) is None
     return content
 

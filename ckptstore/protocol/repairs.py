@@ -1,0 +1,148 @@
+"""The decisions of a repair: a checkpoint whose chunks are damaged, rewired to good copies of them that are there.
+
+A repair is a save that uploads nothing: it opens a session, reads what is condemned, looks at what it means to name,
+and creates a manifest under an id of its own, which replaces the old one. So whatever is safe for saves is safe for it.
+"""
+
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from ckptstore.deltas import Held, held_chunks, table
+from ckptstore.errors import ConflictError, UnavailableError
+from ckptstore.format import CHUNKS, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey
+from ckptstore.manifest import ChunkRef, Manifest, Session, Writer, format_naming
+from ckptstore.objects.base import ObjectInfo
+from ckptstore.protocol.candidates import read_candidate, read_condemned
+from ckptstore.protocol.operations import Check, Close, Get, List, Open, Operation, Sync
+from ckptstore.protocol.saves import close_quietly, commit
+
+
+class RepairRequest(Struct, frozen=True):
+    """Which checkpoint to repair."""
+
+    manifest: ManifestKey
+    sources: tuple[ManifestKey, ...]
+    """Other checkpoints that may hold good copies, as chunks or as deltas."""
+    save: str
+    """A new id, for the manifest that takes the place of the old one."""
+    created: str
+    writer: Writer
+
+
+class Repaired(Struct, frozen=True):
+    """What became of it: the new manifest, or the digests of the chunks of which there is no good copy."""
+
+    manifest: Manifest | None
+    missing: tuple[str, ...] = ()
+
+
+def repair(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
+    """Repair one checkpoint.
+
+    Raises:
+        ConflictError: it is there no more, or cannot be read.
+        FencedError, UnavailableError: as for a save.
+    """
+    key = request.manifest
+    session = Session(
+        save=request.save, run=key.run, step=key.step, writer=request.writer, opened=request.created, beat=0
+    )
+    try:
+        yield Open(session)
+        outcome = yield from _rewire(request)
+        yield from _read(request)  # what was deleted meanwhile must not come back
+    except (Exception, KeyboardInterrupt):
+        yield from close_quietly(request.save)
+        raise
+    if outcome.manifest is None or outcome.manifest.save != request.save:
+        yield Close(request.save)
+        return outcome
+    yield from commit(outcome.manifest, [key])
+    return outcome
+
+
+def _rewire(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
+    lists = yield from read_condemned()
+    if None in lists:
+        raise UnavailableError(
+            "a list of condemned chunks cannot be read, so which copies are good is not known. `ckptstore verify` names "
+            "the list; delete it when no job saves, verify the store again, and repair it then."
+        )
+    condemned = {key for each in lists if each for key in each.keys}
+    manifest, sources = yield from _read(request)
+    held = held_chunks(manifest)[: _heads(manifest)]
+    broken = {link.digest for chunk in held for link in chunk.chain if link.key in condemned}
+    if not broken:
+        return Repaired(manifest)
+    lengths = {link.digest: link.raw for chunk in held for link in chunk.chain}
+    good = yield from _good_copies(broken, lengths, sources, condemned)
+    mended = [_mended(chunk, good, condemned) for chunk in held]
+    missing = dict.fromkeys(old.digest for old, new in zip(held, mended, strict=True) if new is None)
+    if missing:
+        return Repaired(None, tuple(missing))
+    chunks = table([chunk for chunk in mended if chunk is not None])
+    yield Sync(tuple(chunk.key for chunk in chunks))
+    return Repaired(_manifest(request, manifest, chunks))
+
+
+def _read(request: RepairRequest) -> Generator[Operation, Any, tuple[Manifest, list[Manifest]]]:
+    keys = (request.manifest, *request.sources)
+    contents: list[bytes | None] = yield Get(tuple(map(str, keys)))
+    found = [read_candidate(key, 0.0, content) for key, content in zip(keys, contents, strict=True)]
+    manifests = [None if each is None else each.manifest for each in found]
+    if manifests[0] is None:
+        raise ConflictError(
+            f"step {request.manifest.step} of run {request.manifest.run!r} was deleted, replaced or damaged meanwhile "
+            f"({request.manifest}), so there is nothing to repair."
+        )
+    return manifests[0], [each for each in manifests if each is not None]
+
+
+def _heads(manifest: Manifest) -> int:
+    """How many chunks of the table tensors are made of; what follows, these stand on."""
+    return 1 + max((index for segment in manifest.segments for index in segment.chunks), default=-1)
+
+
+def _good_copies(
+    broken: Iterable[str], lengths: dict[str, int], sources: Sequence[Manifest], condemned: set[str]
+) -> Generator[Operation, Any, dict[str, Held]]:
+    """A copy of each broken chunk, seen now, not condemned, and read to the last byte."""
+    rows: list[ObjectInfo] = yield List(tuple(f"{CHUNKS}{name[:2]}/{name}" for name in sorted(broken)))
+    copies: dict[str, dict[str, Held]] = {name: {} for name in broken}
+    for row in rows:
+        if (key := ChunkKey.parse(row.key)) and key.digest in copies:
+            copies[key.digest][row.key] = Held(key.digest, key.save_id, lengths[key.digest], row.size)
+    for manifest in sources:
+        for chunk in held_chunks(manifest):
+            if chunk.digest in copies:
+                copies[chunk.digest].setdefault(chunk.key, chunk)
+    good: dict[str, Held] = {}
+    for name, found in sorted(copies.items()):
+        for copy in found.values():
+            fits = copy.raw == lengths[name] and copy.stored <= copy.raw + MAX_OVERHEAD_BYTES
+            if fits and not any(link.key in condemned for link in copy.chain) and (yield Check(copy)):
+                good[name] = copy
+                break
+    return good
+
+
+def _mended(chunk: Held, good: dict[str, Held], condemned: set[str]) -> Held | None:
+    """The chunk with all that is broken replaced; None if there is no good copy."""
+    base = None if chunk.base is None else _mended(chunk.base, good, condemned)
+    if chunk.key not in condemned and (chunk.base is None or base is not None):
+        return msgspec.structs.replace(chunk, base=base)
+    return good.get(chunk.digest)
+
+
+def _manifest(request: RepairRequest, manifest: Manifest, chunks: list[ChunkRef]) -> Manifest:
+    return msgspec.structs.replace(
+        manifest,
+        format=format_naming(chunk.key for chunk in chunks),
+        save=request.save,
+        replaces=[manifest.save],
+        chunks=chunks,
+        stored_bytes=sum(chunk.stored for chunk in chunks),
+    )
