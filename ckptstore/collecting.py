@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ckptstore import protocol
 from ckptstore.catalog import read_marker
-from ckptstore.errors import NotFoundError
+from ckptstore.errors import NotFoundError, UnavailableError
 from ckptstore.format import new_save_id
 from ckptstore.manifest import Session
 from ckptstore.objects.base import Objects
@@ -77,8 +77,10 @@ class CollectReport:
     unknown: list[str] = field(default_factory=list)
 
 
-def collect(objects: Objects, *, dry_run: bool, wait: bool, grace: float) -> CollectReport:
+def collect(objects: Objects, *, dry_run: bool, wait: bool, grace: float, alone: bool) -> CollectReport:
     """Collect a store.
+
+    alone: whether the caller says that nobody else uses the store meanwhile.
 
     Raises:
         NotFoundError: there is no store.
@@ -88,6 +90,11 @@ def collect(objects: Objects, *, dry_run: bool, wait: bool, grace: float) -> Col
     if read_marker(objects) is None:
         raise NotFoundError(f"{objects.url} is not a ckptstore store, or nothing was ever saved there. Check the URL.")
     if not dry_run:
+        if (stale := objects.stale_listings()) and not alone:
+            raise UnavailableError(
+                f"{stale}, so a collection could miss what another machine has just saved. Collect when no job uses "
+                "the store, and say so: collect(alone=True), ckptstore gc --alone."
+            )
         self_test(objects)
     request = protocol.CollectRequest(
         collection=new_save_id(), created=now_text(), grace=grace, wait=wait, dry_run=dry_run

@@ -30,6 +30,8 @@ MAX_OVERHEAD_BYTES = 104
 MAX_DELTA_DEPTH = 64
 """How many deltas may stand one on another, above a chunk that needs none."""
 MAX_STEP = 2**63 - 1
+MANY_CHUNKS = 16_000
+"""Sixteen pages of a listing on S3; the chunks of a store have 256 prefixes."""
 MIN_MANIFEST_BYTES = 1024
 """A committed manifest is padded to this. Fences and tombstones are shorter, so a listing tells them apart."""
 
@@ -121,6 +123,11 @@ def condemned_key(collection_id: str) -> str:
 
 def chunk_key(digest: str, save_id: str, *, is_delta: bool = False) -> str:
     return f"{DELTAS if is_delta else CHUNKS}{digest[:2]}/{digest}.{save_id}"
+
+
+def chunk_prefixes(folder: str, count: int) -> list[str]:
+    """How to list a folder of about so many chunks: in one go, or by the first byte of their digests, side by side."""
+    return [folder] if count <= MANY_CHUNKS else [f"{folder}{first:02x}/" for first in range(256)]
 
 
 def run_prefix(run: str) -> str:

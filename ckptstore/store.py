@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ckptstore.collecting import CollectReport
+    from ckptstore.doctor import Finding
     from ckptstore.pruning import PruneReport
+    from ckptstore.repairing import RepairReport
     from ckptstore.verifying import VerifyReport
 
 __all__ = ["Store"]
@@ -92,7 +94,9 @@ class Store:
         found = catalog.list_runs(self._objects)
         return [name for name, rows in found.items() if rows.committed_steps()]
 
-    def verify(self, run: str | None = None, *, progress: Progress | None = None) -> "VerifyReport":
+    def verify(
+        self, run: str | None = None, *, quick: bool = False, progress: Progress | None = None
+    ) -> "VerifyReport":
         """Read every byte of the store (or of one run) again and compare it with what was saved.
 
         Chunks found damaged are marked, so that no save takes them up again: the next save of the same content
@@ -100,6 +104,8 @@ class Store:
 
         Args:
             run: verify only this run.
+            quick: read the manifests, and of the chunks only see by listing that each is there and as long as it
+                should be; read in full only those that seem not to be.
             progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
 
         Raises:
@@ -109,11 +115,8 @@ class Store:
         """
         from ckptstore import verifying
 
-        if run is None:
-            catalog.require_store(self._objects, warn=False)  # the report says it
-        elif not catalog.list_run(self._objects, check_run_name(run)).by_step:
-            catalog.manifest_of(self._objects, run, 0)  # raises what fits: no store, or no such run
-        return verifying.verify(self._objects, run, progress)
+        self._require(run)
+        return verifying.verify(self._objects, run, progress, quick=quick)
 
     def prune(
         self,
@@ -167,7 +170,9 @@ class Store:
                 raise NotFoundError(f"there is no run {name!r} with a checkpoint in {self.url}.")
         return pruning.prune(self._objects, known if names is None else names, rules, dry_run=dry_run)
 
-    def collect(self, *, dry_run: bool = False, wait: bool = False, grace: float = 600.0) -> "CollectReport":
+    def collect(
+        self, *, dry_run: bool = False, wait: bool = False, grace: float = 600.0, alone: bool = False
+    ) -> "CollectReport":
         """Delete the chunks that no checkpoint needs any more, while other jobs go on saving.
 
         No checkpoint ever loses a chunk to it, whatever else runs, and whoever is killed or stalls for however long:
@@ -180,6 +185,8 @@ class Store:
                 goes on with what this one has marked.
             grace: seconds without a sign of life after which a save is taken for dead. It can never commit then; a
                 process that was only stalled, and goes on, saves again. Saves show themselves every 20 s.
+            alone: say that nobody else uses the store meanwhile. Asked for on network file systems (NFS and the like),
+                whose listings may be old.
 
         Returns:
             What was found and done.
@@ -196,7 +203,53 @@ class Store:
 
         if type(grace) not in (int, float) or not 0 <= grace < math.inf:
             raise InvalidInputError(f"grace must be a number of seconds, not {grace!r}.")
-        return collecting.collect(self._objects, dry_run=dry_run, wait=wait, grace=grace)
+        return collecting.collect(self._objects, dry_run=dry_run, wait=wait, grace=grace, alone=alone)
+
+    def repair(self, run: str | None = None) -> "RepairReport":
+        """Make checkpoints whole again that need chunks marked as damaged, from good copies in the store.
+
+        `verify`, and every restore that finds damage, marks damaged chunks; the next save of the same content uploads
+        a good copy. This rewires the manifests of the checkpoints concerned to such copies, each of which is read to
+        the last byte before.
+
+        Args:
+            run: repair only this run; copies are looked for in all.
+
+        Returns:
+            What was repaired, and what cannot be.
+
+        Raises:
+            NotFoundError: there is no store, or no such run.
+            UnavailableError: the backend failed. What was repaired until then is.
+            UnsupportedFormatError: an object was written by a newer ckptstore.
+        """
+        from ckptstore import repairing
+
+        self._require(run)
+        return repairing.repair(self._objects, run)
+
+    def examine(self, *, grace: float = 600.0) -> "list[Finding]":
+        """Examine the store, or the place where it is to be: does it do what saves and collections need?
+
+        Writes and deletes a few small objects below `scratch/`. What fails is a finding, and not an error.
+
+        Args:
+            grace: seconds without a sign of life after which a save counts as dead.
+
+        Returns:
+            What was found: versions, promises that the place keeps or breaks, clocks, dead saves, garbage, damage that
+            is marked.
+        """
+        from ckptstore import doctor
+
+        return doctor.examine(self._objects, grace)
+
+    def _require(self, run: str | None) -> None:
+        """Raise NotFoundError if there is no store, or no such run."""
+        if run is None:
+            catalog.require_store(self._objects, warn=False)
+        elif not catalog.list_run(self._objects, check_run_name(run)).by_step:
+            catalog.manifest_of(self._objects, run, 0)  # raises what fits: no store, or no such run
 
     def usage(self) -> Usage:
         """What the store costs: logical, stored and shared bytes, run by run.

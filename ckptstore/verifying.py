@@ -11,13 +11,37 @@ from ckptstore.catalog import read_marker
 from ckptstore.condemning import condemn_keys
 from ckptstore.decoding import decode_chain, each_of_chain
 from ckptstore.errors import CheckpointError, CorruptError, UnsupportedFormatError
-from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, MARKER_KEY, RUNS, SESSIONS, ChunkKey, ManifestKey, run_prefix
+from ckptstore.format import (
+    CHUNKS,
+    CONDEMNED,
+    DELTAS,
+    MARKER_KEY,
+    RUNS,
+    SESSIONS,
+    TAGS,
+    ChunkKey,
+    ManifestKey,
+    TagKey,
+    chunk_prefixes,
+    run_prefix,
+    tag_prefix,
+)
 from ckptstore.kernels import compiled
-from ckptstore.manifest import ChunkRef, Manifest, TensorPaths, decode_condemned, decode_manifest, decode_session
+from ckptstore.manifest import (
+    ChunkRef,
+    Manifest,
+    TensorPaths,
+    decode_condemned,
+    decode_manifest,
+    decode_session,
+    decode_tag,
+)
 from ckptstore.objects.base import Objects
-from ckptstore.pipeline import Progress, Stage, staged, worker_threads
+from ckptstore.pipeline import Progress, Stage, each, staged, worker_threads
+from ckptstore.protocol.operations import in_batches
 from ckptstore.skeleton import tensors
 
+DOCUMENTS_AT_A_TIME = 64
 _undescribed = threading.Lock()
 
 
@@ -45,8 +69,9 @@ class VerifyReport:
 
     Attributes:
         checkpoints: how many were verified.
-        chunks: how many chunk objects were read.
-        bytes: their size.
+        chunks: how many chunk objects were read, or, if `quick`, looked at.
+        bytes: how many bytes were read of them.
+        quick: whether chunks were read only if a listing showed that something is wrong.
         damaged: all that was found damaged; one row for each tensor of each checkpoint that needs a damaged chunk.
         harmless: damaged chunks that no checkpoint needs and that were marked before, so that no save takes them up:
             what a checkpoint that was saved again or deleted has left. Nothing is to be done about them.
@@ -61,6 +86,7 @@ class VerifyReport:
     harmless: list[Damage] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     marked: bool = True
+    quick: bool = False
 
     @property
     def ok(self) -> bool:
@@ -105,23 +131,32 @@ class _Wanted:
         return max(ref.stored for ref in chain) + (3 if len(chain) > 1 else 2) * chain[-1].raw
 
 
-def verify(objects: Objects, run: str | None = None, progress: Progress | None = None) -> VerifyReport:
+def verify(
+    objects: Objects, run: str | None = None, progress: Progress | None = None, *, quick: bool = False
+) -> VerifyReport:
     """Verify a whole store, or one run and what it needs.
+
+    quick: of chunks that are there and as long as they should be, read nothing.
 
     Raises:
         UnavailableError: the backend failed, so nothing is known.
         UnsupportedFormatError: an object was written by a newer ckptstore.
     """
-    report = VerifyReport()
+    report = VerifyReport(quick=quick)
     try:
         read_marker(objects)
     except CorruptError as error:
         report.damaged.append(Damage(None, None, None, MARKER_KEY, str(error)))
     # Not the whole place: a disk's root has folders that nobody may list.
-    prefixes = (RUNS, CHUNKS, DELTAS, SESSIONS, CONDEMNED) if run is None else (run_prefix(run),)
-    sizes = {row.key: row.size for prefix in prefixes for row in objects.list(prefix)}
-    manifests, marked = _check_documents(objects, sorted(sizes), report)
-    wanted = _wanted_chunks(manifests, sizes)
+    prefixes = (RUNS, TAGS, SESSIONS, CONDEMNED) if run is None else (run_prefix(run), tag_prefix(run))
+    documents = [row.key for prefix in prefixes for row in objects.list(prefix)]
+    manifests, marked = _check_documents(objects, documents, report)
+    listed = _list_chunks(objects, sum(len(manifest.chunks) for manifest in manifests)) if quick or not run else {}
+    # Of one run only what it needs is looked at.
+    wanted = _wanted_chunks(manifests, {} if run else listed, report)
+    if quick:
+        report.chunks = len(wanted)
+        wanted = [each for each in wanted if listed.get(str(each.key)) != each.stored]
     report.checkpoints = len(manifests)
     total = sum(each.stored for each in wanted)
     compiled.expect(sum(each.raw_bytes for each in wanted))
@@ -138,7 +173,7 @@ def verify(objects: Objects, run: str | None = None, progress: Progress | None =
                 damaged.append((each, str(error)))
 
     def count(each: _Wanted) -> None:
-        report.chunks += 1
+        report.chunks += not quick
         report.bytes += each.stored
         if progress:
             progress(report.bytes, total)
@@ -153,36 +188,50 @@ def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) ->
     """Read everything that is JSON; return the committed manifests, and the chunk keys that no save takes up."""
     manifests: list[Manifest] = []
     condemned: set[str] = set()
-    for key in keys:
-        if ChunkKey.parse(key):
-            continue
-        manifest_key = ManifestKey.parse(key)
-        if manifest_key is None and not key.startswith((SESSIONS, CONDEMNED)):
-            report.unknown.append(key)
-            continue
-        content = objects.get(key)
-        if content is None:
-            continue  # ended meanwhile
-        try:
-            if manifest_key is not None:
-                value = decode_manifest(content, manifest_key)
-                if isinstance(value, Manifest):
-                    for _ in tensors(value.tree, value.segment_bytes):
-                        pass  # each is checked on the way
-                    manifests.append(value)
-            elif key.startswith(SESSIONS):
-                decode_session(content, key)
-            else:
-                condemned |= set(decode_condemned(content, key).keys)
-        except UnsupportedFormatError:
-            raise
-        except CheckpointError as error:
-            run, step = (manifest_key.run, manifest_key.step) if manifest_key else (None, None)
-            report.damaged.append(Damage(run, step, None, key, str(error)))
+    known = [
+        key for key in keys if ManifestKey.parse(key) or TagKey.parse(key) or key.startswith((SESSIONS, CONDEMNED))
+    ]
+    report.unknown += sorted(set(keys).difference(known))
+    for some in in_batches(known, DOCUMENTS_AT_A_TIME):
+        contents = each(objects.get, some, threads=objects.request_threads)
+        for key, content in zip(some, contents, strict=True):
+            if content is not None:  # else it has ended meanwhile
+                _check_document(key, content, manifests, condemned, report)
     return manifests, condemned
 
 
-def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int]) -> list[_Wanted]:
+def _check_document(
+    key: str, content: bytes, manifests: list[Manifest], condemned: set[str], report: VerifyReport
+) -> None:
+    manifest_key = ManifestKey.parse(key)
+    try:
+        if manifest_key is not None:
+            value = decode_manifest(content, manifest_key)
+            if isinstance(value, Manifest):
+                for _ in tensors(value.tree, value.segment_bytes):
+                    pass  # each is checked on the way
+                manifests.append(value)
+        elif key.startswith(SESSIONS):
+            decode_session(content, key)
+        elif key.startswith(TAGS):
+            decode_tag(content, key)
+        else:
+            condemned |= set(decode_condemned(content, key).keys)
+    except UnsupportedFormatError:
+        raise
+    except CheckpointError as error:
+        run, step = (manifest_key.run, manifest_key.step) if manifest_key else (None, None)
+        report.damaged.append(Damage(run, step, None, key, str(error)))
+
+
+def _list_chunks(objects: Objects, count: int) -> dict[str, int]:
+    """The size of every object in the folders of chunks; of many, with many listings at a time."""
+    prefixes = chunk_prefixes(CHUNKS, count) + chunk_prefixes(DELTAS, count)
+    rows = each(objects.list, prefixes, threads=objects.request_threads)
+    return {row.key: row.size for some in rows for row in some}
+
+
+def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int], report: VerifyReport) -> list[_Wanted]:
     """Every chunk that a manifest needs, and every other one: a save might take it up."""
     wanted: dict[_Identity, _Wanted] = {}
     for manifest in manifests:
@@ -195,7 +244,9 @@ def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int]) -> list[_Wa
     described = {each.key for each in found}
     for name, size in sizes.items():
         listed = ChunkKey.parse(name)
-        if listed is not None and listed not in described:
+        if listed is None:
+            report.unknown.append(name)
+        elif listed not in described:
             found.append(_Wanted(listed, size))
     return sorted(found, key=lambda each: each.key)
 
@@ -222,8 +273,8 @@ def _report_chunks(
 ) -> None:
     needed: dict[ManifestKey, set[int]] = {}
     manifest_of: dict[ManifestKey, Manifest] = {}
-    for each, _ in damaged:
-        for manifest, index in each.users:
+    for found, _ in damaged:
+        for manifest, index in found.users:
             needed.setdefault(manifest.key, set()).add(index)
             manifest_of[manifest.key] = manifest
     # A checkpoint that was deleted while it was verified is not damaged.
@@ -233,23 +284,23 @@ def _report_chunks(
         if _stands(objects, manifest_of[key])
     }
     condemned: list[str] = []
-    for each, reason in damaged:
-        standing = [(manifest, index) for manifest, index in each.users if manifest.key in paths]
+    for found, reason in damaged:
+        standing = [(manifest, index) for manifest, index in found.users if manifest.key in paths]
         rows = [
-            Damage(manifest.run, manifest.step, path, str(each.key), reason)
+            Damage(manifest.run, manifest.step, path, str(found.key), reason)
             for manifest, index in standing
             for path in paths[manifest.key].of(index)
         ]
-        if standing or not each.users:
+        if standing or not found.users:
             if rows:
                 report.damaged += rows
             else:
-                row = Damage(None, None, None, str(each.key), reason)
+                row = Damage(None, None, None, str(found.key), reason)
                 # Where it is not marked yet, a save could have taken it up: that is worth an alarm, once.
-                (report.harmless if str(each.key) in marked else report.damaged).append(row)
+                (report.harmless if str(found.key) in marked else report.damaged).append(row)
             # Where another manifest describes it as it is, it is not the object that is wrong.
-            if each.key not in sound:
-                condemned.append(str(each.key))
+            if found.key not in sound:
+                condemned.append(str(found.key))
     report.marked = condemn_keys(objects, condemned)
 
 

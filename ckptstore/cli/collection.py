@@ -54,6 +54,10 @@ def gc(
         float,
         typer.Option(metavar="SECONDS", help="A save without a sign of life for so long is taken for dead.", min=0),
     ] = 600.0,
+    alone: Annotated[
+        bool,
+        typer.Option("--alone", help="No job uses the store now: asked for on network file systems such as NFS."),
+    ] = False,
     storage_options: options.StorageOptions = None,
     as_json: options.Json = False,
 ) -> int:
@@ -65,7 +69,7 @@ def gc(
     place = resolve(target, parse_options(storage_options))
     if place.run is not None:
         raise InvalidInputError(f"gc collects a whole store, as runs share chunks. Leave out {place.run}.")
-    report = Store(place.objects).collect(dry_run=dry_run, wait=wait, grace=grace)
+    report = Store(place.objects).collect(dry_run=dry_run, wait=wait, grace=grace, alone=alone)
     if as_json:
         print_json(_collected(place.objects.url, report))
     else:

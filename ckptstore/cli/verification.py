@@ -1,6 +1,6 @@
-"""`verify`: every byte read again, and what is damaged named."""
+"""`verify` and `repair`: every byte read again, what is damaged named, and made whole from good copies."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from ckptstore.cli.target import parse_options, resolve
 from ckptstore.format import CONDEMNED, MARKER_KEY, SESSIONS, ChunkKey
 
 if TYPE_CHECKING:
+    from ckptstore.repairing import RepairedStep, RepairReport
     from ckptstore.verifying import Damage, VerifyReport
 
 __all__ = ["add_to"]
@@ -28,9 +29,23 @@ def add_to(app: typer.Typer) -> None:
             "ckptstore verify ./ckpts --json",
         ),
     )(verify)
+    app.command(
+        "repair",
+        epilog=examples(
+            "ckptstore repair ./ckpts",
+            "ckptstore repair s3://bucket/ckpts/lstm --json",
+        ),
+    )(repair)
 
 
-def verify(target: OptionalTarget = None, storage_options: StorageOptions = None, as_json: Json = False) -> int:
+def verify(
+    target: OptionalTarget = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read no chunk that is there and as long as it should be.")
+    ] = False,
+    storage_options: StorageOptions = None,
+    as_json: Json = False,
+) -> int:
     """Read every byte again. It is compared with what was saved, in the whole store or in one run.
 
     The exit status is 1 if anything is damaged; each damaged tensor is named. Damaged chunks are marked, so that no
@@ -39,7 +54,7 @@ def verify(target: OptionalTarget = None, storage_options: StorageOptions = None
     place = resolve(target, parse_options(storage_options))
     place.refuse_step("verify reads")
     with progress_bar("verifying", shown=not as_json) as progress:
-        report = Store(place.objects).verify(place.run, progress=progress)
+        report = Store(place.objects).verify(place.run, quick=quick, progress=progress)
     if as_json:
         print_json(_document(place.objects.url, place.run, report))
     else:
@@ -52,6 +67,7 @@ def _document(store: str, run: str | None, report: "VerifyReport") -> dict[str, 
         "store": store,
         "run": run,
         "ok": report.ok,
+        "quick": report.quick,
         "checkpoints": report.checkpoints,
         "chunks": report.chunks,
         "bytes": report.bytes,
@@ -75,6 +91,10 @@ def _print(report: "VerifyReport") -> None:
     for key in report.unknown:
         print_line(f"unknown: {printable(key)} is none of the store's objects; it was left alone")
     read = f"{counted(report.checkpoints, 'checkpoint')}, {counted(report.chunks, 'chunk')}, {bytes_text(report.bytes)}"
+    if report.ok and report.quick:
+        there = f"{counted(report.checkpoints, 'checkpoint')}, {counted(report.chunks, 'chunk')}"
+        print_line(f"ok: {there}, each there and as long as it was saved; what is in them was not read")
+        return
     if report.ok:
         but = " that a checkpoint needs" if report.harmless else ""
         print_line(f"ok: {read} read; every byte{but} is as it was saved")
@@ -84,6 +104,59 @@ def _print(report: "VerifyReport") -> None:
     print_line("What to do:")
     for line in _advice(report):
         print_line(f"- {line}")
+
+
+def repair(target: OptionalTarget = None, storage_options: StorageOptions = None, as_json: Json = False) -> int:
+    """Make checkpoints whole again that need damaged chunks, from good copies in the store.
+
+    Run ckptstore verify before: it marks what is damaged. Where the same content was saved again since, there is a good
+    copy. The exit status is 1 if a checkpoint cannot be repaired; each is named.
+    """
+    place = resolve(target, parse_options(storage_options))
+    place.refuse_step("repair takes")
+    report = Store(place.objects).repair(place.run)
+    if as_json:
+        print_json(
+            {
+                "store": place.objects.url,
+                "run": place.run,
+                "marked": report.marked,
+                "repaired": _steps(report.repaired),
+                "lost": _steps(report.lost),
+                "unreadable": _steps(report.unreadable),
+            }
+        )
+    else:
+        _print_repaired(report)
+    return DAMAGED if report.lost or report.unreadable else 0
+
+
+def _steps(rows: "list[RepairedStep]") -> list[dict[str, object]]:
+    return [{"run": row.run, "step": row.step, "paths": list(row.paths)} for row in rows]
+
+
+def _print_repaired(report: "RepairReport") -> None:
+    for row in report.repaired:
+        print_line(printable(f"repaired: {row.run}@{row.step}: {', '.join(row.paths)}"))
+    for row in report.lost:
+        print_line(printable(f"LOST: {row.run}@{row.step}: there is no good copy of {', '.join(row.paths)}"), bold=True)
+    for row in report.unreadable:
+        print_line(printable(f"LOST: {row.run}@{row.step}: its manifest cannot be read"), bold=True)
+    if not report.marked and not report.unreadable:
+        print_line("nothing is marked as damaged. ckptstore verify reads every byte and marks what is.")
+        return
+    print_line(
+        f"{counted(report.marked, 'chunk')} marked as damaged; {counted(len(report.repaired), 'checkpoint')} repaired, "
+        f"{len(report.lost) + len(report.unreadable)} cannot be"
+    )
+    if report.lost or report.unreadable:
+        print_line()
+        print_line("What to do:")
+        print_line(
+            "- Save the same state again, if it can be had: that mends its step, and every other one after a repair."
+        )
+        print_line("- What else a checkpoint holds can still be loaded: run.load(step=…, only=…).")
+        print_line("- One that is of no use any more can be deleted: ckptstore rm STORE/RUN@STEP.")
 
 
 def _name(damage: "Damage") -> str:
@@ -102,8 +175,8 @@ def _advice(report: "VerifyReport") -> list[str]:
         lines += [
             "restore() goes back by itself to the newest checkpoint of a run that is whole; load(step=…) of a damaged "
             "one raises.",
-            "Saving a damaged step again mends it. One that cannot be had again can be deleted: ckptstore rm "
-            "STORE/RUN@STEP.",
+            "Saving a damaged step again mends it; ckptstore repair then mends others that need the same chunks.",
+            "A checkpoint that cannot be had again can be deleted: ckptstore rm STORE/RUN@STEP.",
         ]
     if any(ChunkKey.parse(key) for key in keys):
         lines.append(

@@ -77,6 +77,10 @@ class Objects(abc.ABC):
         """
         return []
 
+    def stale_listings(self) -> str:
+        """Why a listing here may not show what others have just put, which makes collections unsafe; empty: it does."""
+        return ""
+
     def connect(self) -> None:  # noqa: B027  most backends need nothing here
         """Make what connections and threads it keeps, if there are none yet; asks for nothing."""
 

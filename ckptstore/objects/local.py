@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import errno
 import os
+import re
 import stat
 import time
 import uuid
@@ -31,6 +32,9 @@ NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, err
 
 NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 """What `fsync` answers for a folder where a file system has nothing to sync there; PostgreSQL passes over them too."""
+
+STALE_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "fuse.rclone", "fuse.s3fs"}
+"""Where a machine may see an old listing of a folder for some time."""
 
 ADVICE = {
     errno.ENOSPC: "The disk is full: free some space, then try again.",
@@ -161,6 +165,13 @@ class LocalObjects(Objects):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
         return sorted(os.path.relpath(path, self._root) for path in old)
+
+    def stale_listings(self) -> str:
+        """Tell network file systems by the table of mounts."""
+        kind = _file_system(os.path.realpath(self._root))
+        if kind not in STALE_FILE_SYSTEMS:
+            return ""
+        return f"{self._root} lies on a file system of type {kind}, which may keep a listing of a folder for a minute"
 
     def sync(self, keys: Iterable[str]) -> None:
         """Fsync the folder of each key and every folder above it up to the root, each once; then the root's name."""
@@ -347,6 +358,22 @@ class LocalObjects(Objects):
                 self._check_root()
             advice = ADVICE.get(error.errno or 0, "Look at this path and its file system, then try again.")
             raise UnavailableError(f"cannot {action} {path}: {error.strerror or error}. {advice}") from error
+
+
+def _file_system(path: str) -> str:
+    """Give the type of the file system that a path lies on; empty where the kernel does not say."""
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:  # noqa: PTH123
+            lines = [line.split(" ") for line in mounts]
+    except OSError:
+        return ""
+    best, kind = "", ""
+    for _, escaped, type_, *_ in lines:
+        folder = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), escaped)
+        above = path == folder or path.startswith(folder.rstrip("/") + "/")
+        if above and len(folder) >= len(best):  # of several mounts in one place the last one is seen
+            best, kind = folder, type_
+    return kind
 
 
 def _split_prefix(prefix: str) -> tuple[str, str]:

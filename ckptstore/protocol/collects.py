@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from ckptstore.errors import CorruptError, UnavailableError
-from ckptstore.format import CHUNKS, DELTAS, SESSIONS, ChunkKey, condemned_key, session_key, session_of
+from ckptstore.format import CHUNKS, DELTAS, SESSIONS, ChunkKey, chunk_prefixes, condemned_key, session_key, session_of
 from ckptstore.manifest import Condemned, Ended, Session, decode_session, encode, format_naming
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.candidates import read_condemned
@@ -23,8 +23,6 @@ TOMBSTONE_SECONDS = 7 * 24 * 3600.0
 KEYS_IN_A_LIST = 50_000
 """A save reads every condemned list, so none is larger than some MB."""
 KEYS_AT_A_TIME = 10_000
-FEW_CHUNKS = 16_000
-"""Up to so many chunks are listed in one go, more by their first byte: many listings at a time, little of it kept."""
 PREFIXES_AT_A_TIME = 16
 POLL_SECONDS = 2.0
 
@@ -132,7 +130,7 @@ def _mark(request: CollectRequest, roots: Roots, found: Collected) -> Generator[
 def _list_chunks(roots: Roots, older: set[str], found: Collected) -> Generator[Operation, Any, set[str]]:
     """Look at every chunk; return those of the keys `older` that are not among them."""
     gone = set(older)
-    prefixes = [*_prefixes(CHUNKS, len(roots.named) - roots.deltas), *_prefixes(DELTAS, roots.deltas)]
+    prefixes = chunk_prefixes(CHUNKS, len(roots.named) - roots.deltas) + chunk_prefixes(DELTAS, roots.deltas)
     for some in in_batches(prefixes, PREFIXES_AT_A_TIME):
         rows: list[ObjectInfo] = yield List(tuple(some))
         for row in rows:
@@ -145,10 +143,6 @@ def _list_chunks(roots: Roots, older: set[str], found: Collected) -> Generator[O
             if not roots.names(row.key):
                 (found.condemned if row.key in older else found.unreferenced)[row.key] = row.size
     return gone
-
-
-def _prefixes(folder: str, count: int) -> list[str]:
-    return [folder] if count <= FEW_CHUNKS else [f"{folder}{first:02x}/" for first in range(256)]
 
 
 def _condemn(request: CollectRequest, keys: Iterable[str]) -> Generator[Operation, Any, None]:

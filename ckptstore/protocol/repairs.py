@@ -68,8 +68,8 @@ def _rewire(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
     lists = yield from read_condemned()
     if None in lists:
         raise UnavailableError(
-            "a list of condemned chunks cannot be read, so which copies are good is not known. `ckptstore verify` names "
-            "the list; delete it when no job saves, verify the store again, and repair it then."
+            "a list of condemned chunks cannot be read, so which copies are good is not known. `ckptstore verify` "
+            "names the list; delete it when no job saves, verify the store again, and repair it then."
         )
     condemned = {key for each in lists if each for key in each.keys}
     manifest, sources = yield from _read(request)

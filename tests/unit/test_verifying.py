@@ -155,7 +155,7 @@ def test_a_chain_of_many_deltas_is_decoded_in_the_memory_of_a_few_chunks(
     refs = stored_chain(objects, 20, raw_bytes)
     # Only the top of the chain is of a tensor; all of it is verified.
     put(objects, manifest(tensor(0, raw_bytes), [Segment(bytes=raw_bytes, element=1, chunks=[19])], refs))
-    wanted = verifying._wanted_chunks([decode_whole(objects)], {})
+    wanted = verifying._wanted_chunks([decode_whole(objects)], {}, verifying.VerifyReport())
     [top] = [each for each in wanted if each.key.digest == refs[-1].digest]
     tracemalloc.start()
     verifying._check_chunk(objects, top)
@@ -173,7 +173,7 @@ def test_what_checking_a_full_chunk_holds_is_counted_with_its_planes(objects: Me
     ref = ChunkRef(digest=chunk.digest(raw), save=SAVES[0], raw=raw_bytes, stored=len(content))
     objects.put(ref.key, content)
     put(objects, manifest(tensor(0, raw_bytes), [Segment(bytes=raw_bytes, element=8, chunks=[0])], [ref]))
-    [wanted] = verifying._wanted_chunks([decode_whole(objects)], {})
+    [wanted] = verifying._wanted_chunks([decode_whole(objects)], {}, verifying.VerifyReport())
     tracemalloc.start()
     verifying._check_chunk(objects, wanted)
     peak = tracemalloc.get_traced_memory()[1]

@@ -1,0 +1,201 @@
+"""An examination of a store: does its place keep the promises that the protocol needs, and what lies about in it?
+
+Each check is a function that yields findings; one that cannot be carried out is a finding too. Needs no torch.
+"""
+
+import importlib.metadata
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptstore import protocol
+from ckptstore.catalog import read_marker
+from ckptstore.condemning import marked_corrupt
+from ckptstore.errors import CheckpointError, UnavailableError
+from ckptstore.format import SCRATCH, new_save_id
+from ckptstore.objects.base import Objects
+from ckptstore.objects.open import self_test, store_time
+from ckptstore.performing import Performer
+from ckptstore.writer import now_text
+
+__all__ = ["Finding", "examine"]
+
+PACKAGES = ("ckptstore", "torch", "numpy", "blake3", "zstandard", "msgspec", "fsspec", "s3fs", "botocore", "numba")
+RACERS = 8
+SKEW_SECONDS = 5.0
+
+Level = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that an examination has found.
+
+    Attributes:
+        level: "ok"; "note", for what is worth knowing or tidying up; "problem", for what stands in the way of saves,
+            restores or collections.
+        what: what was found.
+        advice: what to do about it; empty where nothing need be done.
+    """
+
+    level: Level
+    what: str
+    advice: str = ""
+
+
+def examine(objects: Objects, grace: float) -> list[Finding]:
+    """Examine a store, or a place where one is to be. Writes nothing but below `scratch/`, and deletes that again.
+
+    Args:
+        objects: the place.
+        grace: seconds without a sign of life after which a save counts as dead.
+    """
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _versions,
+        lambda: _marker(objects),
+        lambda: _promises(objects),
+        lambda: _clock(objects),
+        lambda: _contents(objects, grace),
+        lambda: _marks(objects),
+    )
+    return [finding for check in checks for finding in _carried_out(check)]
+
+
+def _carried_out(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except CheckpointError as error:
+        yield Finding("problem", str(error))
+
+
+def _versions() -> Iterator[Finding]:
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    yield Finding("ok", f"installed: {', '.join(found)}")
+
+
+def _marker(objects: Objects) -> Iterator[Finding]:
+    marker = read_marker(objects)
+    if marker is None:
+        yield Finding("note", f"{objects.url} holds no store yet", "The first save makes one.")
+        return
+    yield Finding(
+        "ok",
+        f"{objects.url} holds the store {marker.store}, made {marker.created}, format version {marker.format}, chunks "
+        f"of up to {marker.chunk_bytes:,} bytes",
+    )
+
+
+def _promises(objects: Objects) -> Iterator[Finding]:
+    try:
+        self_test(objects)
+    except UnavailableError as error:
+        yield Finding(
+            "problem",
+            f"the place does not do what saves need of it: {error}",
+            "Checkpoints that are there can be restored. For saves, permission to write, list and read is needed, and "
+            "to delete below sessions/ and scratch/.",
+        )
+        return
+    yield Finding("ok", "create is exclusive; a get and a list show what was just put; delete works")
+    winners = _race(objects)
+    if winners == 1:
+        yield Finding("ok", f"of {RACERS} creates of one key at the same time, one won")
+    else:
+        yield Finding(
+            "problem",
+            f"of {RACERS} creates of one key at the same time, {winners} won",
+            "Two jobs could overwrite each other's checkpoints here. Use another place, or one job at a time.",
+        )
+    if stale := objects.stale_listings():
+        yield Finding("note", stale, "Saves are safe. Collect only when no other machine uses the store: gc --alone.")
+
+
+def _race(objects: Objects) -> int:
+    key = f"{SCRATCH}{uuid.uuid4().hex}"
+    start = threading.Barrier(RACERS)
+
+    def create(number: int) -> bool:
+        start.wait()
+        return objects.create(key, bytes([number]) * 1000)
+
+    with ThreadPoolExecutor(RACERS) as pool:
+        won = list(pool.map(create, range(RACERS)))
+    objects.delete(key)
+    return won.count(True)
+
+
+def _clock(objects: Objects) -> Iterator[Finding]:
+    begun = time.time()
+    there = store_time(objects)
+    skew = there - (begun + time.time()) / 2
+    if abs(skew) <= SKEW_SECONDS:
+        yield Finding("ok", "the clock of the place and that of this machine agree")
+    else:
+        yield Finding(
+            "note",
+            f"the clock of the place is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of this machine",
+            "Nothing depends on it: whether a save lives is judged by the clock of the place alone. Times that are "
+            "shown are those of the machines that saved.",
+        )
+
+
+def _contents(objects: Objects, grace: float) -> Iterator[Finding]:
+    """What a collection would find; it reads every manifest, and changes nothing."""
+    if read_marker(objects) is None:
+        return
+    request = protocol.CollectRequest(collection=new_save_id(), created=now_text(), grace=grace, dry_run=True)
+    found = Performer(objects).perform(protocol.collect(request))
+    yield Finding("ok", f"{found.checkpoints:,} checkpoints, whose manifests can all be read; {found.chunks:,} chunks")
+    for session in found.waiting:
+        writer = session.writer
+        yield Finding("ok", f"a save is under way: {session.run}@{session.step}, process {writer.pid} on {writer.host}")
+    for session in found.fenced:
+        writer = session.writer
+        yield Finding(
+            "note",
+            f"the save of {session.run}@{session.step} by process {writer.pid} on {writer.host}, begun "
+            f"{session.opened}, shows no sign of life",
+            "If that job was killed, all is well: the next ckptstore gc tidies it up.",
+        )
+    garbage = found.unreferenced | found.condemned
+    if garbage:
+        yield Finding(
+            "note",
+            f"no checkpoint needs {len(garbage):,} chunks ({sum(garbage.values()):,} bytes)",
+            "ckptstore gc deletes them.",
+        )
+    if found.replaced:
+        yield Finding(
+            "note", f"{len(found.replaced):,} manifests were replaced and not deleted", "ckptstore gc does it."
+        )
+    if found.expired:
+        yield Finding("note", f"{len(found.expired):,} tombstones are older than a week", "ckptstore gc removes them.")
+    if leftovers := objects.leftovers(grace, remove=False):
+        yield Finding("note", f"{len(leftovers):,} unfinished files of writers that died", "ckptstore gc removes them.")
+    if found.unreadable:
+        yield Finding(
+            "problem",
+            f"{found.unreadable} lists of condemned chunks cannot be read, so every save uploads all of its chunks",
+            "ckptstore verify names them. Delete them when no job saves, and verify again, which makes the marks anew.",
+        )
+    for key in found.unknown:
+        yield Finding("note", f"{key} is none of the store's objects", "It is left alone.")
+
+
+def _marks(objects: Objects) -> Iterator[Finding]:
+    if marked := marked_corrupt(objects):
+        yield Finding(
+            "note",
+            f"{len(marked):,} chunks are marked as damaged",
+            "ckptstore repair makes checkpoints that need them whole, where there are good copies.",
+        )
