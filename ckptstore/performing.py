@@ -124,15 +124,21 @@ class Performer:
             case protocol.Delete(keys):
                 batches = list(in_batches(keys, self._objects.delete_batch))
                 each(self._objects.delete_many, batches, threads=self._objects.request_threads)
-            case protocol.Clock():
-                return self._now()
+            case protocol.Clock(about):
+                return self._now(about=about)
             case protocol.Pause(seconds):
                 time.sleep(seconds)
 
-    def _now(self) -> float:
+    def _now(self, *, about: bool) -> float:
         """The store's time. Asked once; then our own clock, one that only goes forward, counts from there."""
         if self._clock_ahead is None:
-            self._clock_ahead = store_time(self._objects) - time.monotonic()
+            try:
+                now = store_time(self._objects)
+            except UnavailableError:
+                if not about:
+                    raise
+                now = time.time()
+            self._clock_ahead = now - time.monotonic()
         return self._clock_ahead + time.monotonic()
 
     def _list(self, prefixes: Sequence[str]) -> list[ObjectInfo]:

@@ -229,7 +229,7 @@ class Store:
         return repairing.repair(self._objects, run)
 
     def examine(self, *, grace: float = 600.0) -> "list[Finding]":
-        """Examine the store, or the place where it is to be: does it do what saves and collections need?
+        """Examine the store, or the place where it is to be: whether it does what saves and collections need of it.
 
         Writes and deletes a few small objects below `scratch/`. What fails is a finding, and not an error.
 

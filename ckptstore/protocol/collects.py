@@ -109,7 +109,7 @@ def _mark(request: CollectRequest, roots: Roots, found: Collected) -> Generator[
             yield from bury(key, request.created)
     gone = yield from _list_chunks(roots, older, found)
     # After the chunks: a chunk whose save is not seen to live here was uploaded by one that has ended.
-    now: float = yield Clock()
+    now: float = yield Clock(about=request.dry_run)
     sessions: list[ObjectInfo] = yield List((SESSIONS,))
     alive = {session_of(row.key) for row in sessions if _beats(row, now, request.grace)}
     yield from read_roots(roots)  # what these have committed meanwhile

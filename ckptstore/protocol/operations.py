@@ -91,6 +91,9 @@ class Delete(Struct, frozen=True):
 class Clock(Struct, frozen=True):
     """-> float: what the store's own clock says now, in seconds, which last-modified times are compared with."""
 
+    about: bool = False
+    """Whether the time of this machine will do where the store cannot be written to."""
+
 
 class Pause(Struct, frozen=True):
     """-> None, after so many seconds."""
