@@ -13,7 +13,7 @@ import pytest
 from ckptstore import chunk, format, kernels, skeleton
 from ckptstore.codec import Sampled
 from ckptstore.errors import CorruptError, UnsupportedFormatError
-from ckptstore.format import ManifestKey, condemned_key, session_key
+from ckptstore.format import ManifestKey, TagKey, condemned_key, session_key
 from ckptstore.manifest import (
     ChunkRef,
     Condemned,
@@ -22,11 +22,13 @@ from ckptstore.manifest import (
     Marker,
     Segment,
     Session,
+    Tag,
     Writer,
     decode_condemned,
     decode_manifest,
     decode_marker,
     decode_session,
+    decode_tag,
     encode,
 )
 from ckptstore.sealed import seal
@@ -274,6 +276,7 @@ STRUCTS: dict[str, Any] = {
     "Chunk references": ChunkRef,
     "Fence and tombstone": Ended,
     "Condemned list": Condemned,
+    "Tag": Tag,
 }
 COLLECTION = "9e8d7c6b5a49382716050f1e2d3c4b5a"
 DECODERS: dict[str, Callable[[bytes], Any]] = {
@@ -282,6 +285,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "Manifest": lambda content: decode_manifest(content, ManifestKey("lstm-bible", 300, SAVE)),
     "Fence and tombstone": lambda content: decode_manifest(content, ManifestKey("lstm-bible", 300, SAVE)),
     "Condemned list": lambda content: decode_condemned(content, condemned_key(COLLECTION)),
+    "Tag": lambda content: decode_tag(content, str(TagKey("lstm", 300, "best"))),
 }
 
 
@@ -429,7 +433,7 @@ def test_the_limits_are_those_of_the_code() -> None:
 def test_the_keys_are_those_of_the_code() -> None:
     digest = chunk.digest(b"x")
     forms = dict(
-        zip(("marker", "chunk", "delta", "manifest", "session", "condemned"), names(rows("Keys")), strict=True)
+        zip(("marker", "chunk", "delta", "manifest", "session", "condemned", "tag"), names(rows("Keys")), strict=True)
     )
     parts = {
         "aa": digest[:2],
@@ -438,6 +442,7 @@ def test_the_keys_are_those_of_the_code() -> None:
         "collection id": SAVE,
         "run": "a",
         "step": f"{7:020d}",
+        "tag": "best",
     }
     made = {name: re.sub(r"<([\w ]+)>", lambda part: parts[part[1]], form) for name, form in forms.items()}
     assert made == {
@@ -447,6 +452,7 @@ def test_the_keys_are_those_of_the_code() -> None:
         "manifest": format.manifest_key("a", 7, SAVE),
         "session": format.session_key(SAVE),
         "condemned": format.condemned_key(SAVE),
+        "tag": str(TagKey("a", 7, "best")),
     }
     assert sorted(names(rows("Keys", 1))) == sorted(parts)
 

@@ -8,6 +8,7 @@ import torch
 
 import ckptstore
 from ckptstore.format import DELTA_FORMAT_VERSION
+from ckptstore.manifest import decode_tag
 from tests.golden import states
 from tests.strategies import assert_same
 
@@ -63,3 +64,25 @@ def test_the_store_of_version_2_has_deltas_of_every_width() -> None:
     }
     assert elements == {1, 2, 4, 8}
     assert_same(run.load(0)["moving"], states.moving(0))
+
+
+def test_a_collection_takes_only_what_is_needed_by_nothing(golden: tuple[int, Path]) -> None:
+    version, root = golden
+    store = ckptstore.Store(root)
+    report = store.collect()
+    assert report.deleted == report.garbage
+    assert store.usage().unreferenced_bytes == 0
+    assert store.verify().ok
+    assert_same(store.run(RUN).load(7), getattr(states, f"version_{version}")())
+
+
+def test_a_tag_of_the_first_format_can_be_read(tmp_path: Path) -> None:
+    [path] = (GOLDEN / "tags").rglob("*.json")
+    key = path.relative_to(GOLDEN / "tags").as_posix()
+    tag = decode_tag(path.read_bytes(), key)
+    assert (tag.run, tag.step, tag.tag, tag.writer.host) == ("lstm", 300, "best", "trainbox")
+    run = ckptstore.Store(tmp_path).run("lstm")
+    run.save({"step": 300}, step=300)
+    shutil.copytree(GOLDEN / "tags", tmp_path, dirs_exist_ok=True)
+    assert run.tags() == {300: ("best",)}
+    assert ckptstore.Store(tmp_path).verify().ok
