@@ -1,7 +1,7 @@
 """Which chunk of an earlier checkpoint a delta may stand on, and what decoding it takes. Pure; no I/O.
 
 A base is the chunk at the same place of the same tensor in the run's newest checkpoint, or what that stands on itself:
-a save makes no chains, so that a restore decodes at most two objects a chunk. Chains are for `compact` to make.
+a save makes no chains, so that a restore decodes at most two objects a chunk. Chains are made by a compaction.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,8 +73,19 @@ def table(chunks: Sequence[Held]) -> list[ChunkRef]:
     ]
 
 
+def heads(manifest: Manifest) -> int:
+    """How many chunks of the table tensors are made of; those behind are only there for others to stand on."""
+    return 1 + max((index for segment in manifest.segments for index in segment.chunks), default=-1)
+
+
 def find_bases(
-    wanted: Iterable[int], lengths: Sequence[int], tree: Any, segments: Sequence[Segment], earlier: Manifest
+    wanted: Iterable[int],
+    lengths: Sequence[int],
+    tree: Any,
+    segments: Sequence[Segment],
+    earlier: Manifest,
+    *,
+    depth: int = 1,
 ) -> dict[int, Held]:
     """What the chunks at the indices `wanted` of a new checkpoint may be stored as differences to.
 
@@ -84,9 +95,11 @@ def find_bases(
         tree: the new checkpoint's.
         segments: likewise.
         earlier: the manifest of a checkpoint in the store.
+        depth: how many differences may stand one on another, the new one counted.
 
     Returns:
-        Full chunks, by index; chunks for which the earlier checkpoint has none of the same length are left out.
+        By index; full chunks, if `depth` is 1. Chunks for which the earlier checkpoint has none of the same length are
+        left out.
     """
     held = held_chunks(earlier)
     there = {place: index for index, place in _places(earlier.tree, earlier.segments).items()}
@@ -95,7 +108,7 @@ def find_bases(
     for index in wanted:
         earlier_index = there.get(here[index]) if index in here else None
         if earlier_index is not None and held[earlier_index].raw == lengths[index]:
-            found[index] = held[earlier_index].chain[0]
+            found[index] = held[earlier_index].chain[:depth][-1]
     return found
 
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from ckptstore import protocol
 from ckptstore.chunk import Base, encode_over
-from ckptstore.chunk import decode as decode_chunk
 from ckptstore.chunk import digest as digest_of
 from ckptstore.chunk import encode as encode_chunk
-from ckptstore.decoding import decode_chain, each_of_chain
+from ckptstore.decoding import decode_chain, each_of_chain, get_chain
 from ckptstore.deltas import Held
 from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, UnavailableError
 from ckptstore.format import Codec, chunk_key, session_key
@@ -115,8 +114,8 @@ class Performer:
             case protocol.Close(save_id):
                 self._stop_heart()
                 self._objects.delete(session_key(save_id))
-            case protocol.Upload(save_id, digests, bases):
-                return self._upload(save_id, digests, bases)
+            case protocol.Upload(save_id, digests, bases, below):
+                return self._upload(save_id, digests, bases, below)
             case protocol.Check(chunk):
                 return self._is_good(chunk)
             case protocol.Sync(keys):
@@ -145,21 +144,25 @@ class Performer:
         found = each(self._objects.list, prefixes, threads=self._objects.request_threads)
         return [row for rows in found for row in rows]
 
-    def _upload(self, save_id: str, digests: Sequence[str], bases: Mapping[str, Held]) -> dict[str, protocol.Uploaded]:
-        def fetched(name: str) -> tuple[str, bool, bytes | None]:
+    def _upload(
+        self, save_id: str, digests: Sequence[str], bases: Mapping[str, Held], below: Mapping[str, int]
+    ) -> dict[str, protocol.Uploaded]:
+        def fetched(name: str) -> tuple[str, Sequence[bytes] | CorruptError | None]:
             if name not in bases:
-                return name, False, None
+                return name, None
             try:
-                return name, True, self._objects.get(bases[name].key)
+                return name, get_chain(self._objects, _refs(bases[name]))
+            except MissingChunkError as error:
+                return name, error
             except UnavailableError:  # such as a bad sector below the base: no reason for a save to fail
-                return name, False, None
+                return name, None
 
-        def encoded(taken: tuple[str, bool, bytes | None]) -> tuple[str, Any, bool, str | None]:
-            name, was_read, base_content = taken
+        def encoded(taken: tuple[str, Sequence[bytes] | CorruptError | None]) -> tuple[str, Any, bool, str | None]:
+            name, contents = taken
             chunk = self._chunks[name]
             raw = chunk.read()
-            base = self._base(bases[name], base_content) if was_read else None
-            damaged = bases[name].key if was_read and base is None else None
+            base = None if contents is None else self._base(bases[name], contents)
+            damaged = bases[name].key if contents is not None and base is None else None
             if base is None:
                 content, is_delta = encode_chunk(raw, chunk.element, self._codec), False
             else:
@@ -172,8 +175,10 @@ class Performer:
                 )
             return name, content, is_delta, damaged
 
-        def put(made: tuple[str, Any, bool, str | None]) -> protocol.Uploaded:
+        def put(made: tuple[str, Any, bool, str | None]) -> protocol.Uploaded | None:
             name, content, is_delta, damaged = made
+            if name in below and len(content) > below[name]:
+                return None
             self._objects.put(chunk_key(name, save_id, is_delta=is_delta), memoryview(content))
             return protocol.Uploaded(len(content), is_delta, damaged)
 
@@ -189,7 +194,7 @@ class Performer:
             max_inflight_bytes=MAX_INFLIGHT_BYTES,
             done=self._counted(digests),
         )
-        return dict(zip(digests, uploaded, strict=True))
+        return {name: told for name, told in zip(digests, uploaded, strict=True) if told is not None}
 
     def _counted(self, digests: Sequence[str]) -> Callable[[str], None] | None:
         if (progress := self._progress) is None:
@@ -203,30 +208,20 @@ class Performer:
 
         return count
 
-    def _base(self, held: Held, content: bytes | None) -> Base | None:
+    def _base(self, held: Held, contents: Sequence[bytes] | CorruptError) -> Base | None:
         """The verified bytes of a base; None if it is damaged, which is no reason for a save to fail."""
         raw = np.empty(held.raw, np.uint8)
         try:
-            if content is None:
-                raise MissingChunkError("it is not in the store")
-            decode_chunk(content, held.digest, raw)
+            if isinstance(contents, CorruptError):
+                raise contents
+            decode_chain(_refs(held), contents, raw, verify_each=True)
         except CorruptError as error:
-            error.key = held.key
             self.damaged.append(error)
             return None
         return Base(held.digest, raw)
 
     def _is_good(self, held: Held) -> bool:
-        chain = [
-            ChunkRef(
-                digest=link.digest,
-                save=link.save,
-                raw=link.raw,
-                stored=link.stored,
-                base=None if link.base is None else 0,  # that it has one is all that counts here
-            )
-            for link in held.chain
-        ]
+        chain = _refs(held)
         try:
             decode_chain(chain, each_of_chain(self._objects, chain), np.empty(held.raw, np.uint8))
         except CorruptError:
@@ -237,6 +232,20 @@ class Performer:
         if self._heart is not None:
             self._heart.stop()
             self._heart = None
+
+
+def _refs(held: Held) -> list[ChunkRef]:
+    """A chain in the form that decoding takes."""
+    return [
+        ChunkRef(
+            digest=link.digest,
+            save=link.save,
+            raw=link.raw,
+            stored=link.stored,
+            base=None if link.base is None else 0,  # that it has one is all that counts here
+        )
+        for link in held.chain
+    ]
 
 
 class _Heart:

@@ -12,7 +12,7 @@ from ckptstore import usage as usages
 from ckptstore.background import PendingSave
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.errors import InvalidInputError
-from ckptstore.format import Codec, check_step
+from ckptstore.format import MAX_DELTA_DEPTH, Codec, check_step
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
 from ckptstore.pipeline import Progress, background_threads, give_way, worker_threads
@@ -21,7 +21,7 @@ from ckptstore.writer import now_text
 if TYPE_CHECKING:
     import torch
 
-    from ckptstore import saving, segments
+    from ckptstore import compacting, saving, segments
 
 __all__ = ["Run", "Shared"]
 
@@ -413,6 +413,48 @@ class Run:
 
         steps = set(self.steps())
         return {step: tags for step, tags in tagging.listed(self._objects, self.name).items() if step in steps}
+
+    def compact(
+        self, *, keep_fast: int = 3, depth: int = 8, progress: Progress | None = None
+    ) -> "compacting.CompactReport":
+        """Store older checkpoints in fewer bytes: as differences, each to the next newer one of the run.
+
+        They stay what they are, and take longer to restore: up to `depth` + 1 objects are read and decoded a chunk.
+        Each is committed by itself, so this may be stopped at any moment, and goes on where it was. What it has won
+        becomes free with the next `Store.collect`.
+
+        Args:
+            keep_fast: so many of the newest checkpoints are left as they are; at least 1.
+            depth: how many differences may stand one on another, from 1 to 64.
+            progress: called with the bytes in memory of the checkpoints done so far, and of those to be done.
+
+        Returns:
+            What was stored anew, and what it has won.
+
+        Raises:
+            InvalidInputError: an argument makes no sense.
+            NotFoundError: there is no store, or no such run.
+            CorruptError: a chunk or a manifest is damaged; what was done until then stays.
+            FencedError: a collection took this for a save that is dead; compact again.
+            UnavailableError: the backend failed; likewise.
+        """
+        from ckptstore import compacting
+
+        if type(keep_fast) is not int or keep_fast < 1:
+            raise InvalidInputError(f"keep_fast must be a whole number from 1 on, not {keep_fast!r}.")
+        if type(depth) is not int or not 1 <= depth <= MAX_DELTA_DEPTH:
+            raise InvalidInputError(f"depth must be a whole number from 1 to {MAX_DELTA_DEPTH}, not {depth!r}.")
+        self._wait()
+        catalog.require_store(self._objects)
+        return compacting.compact(
+            self._objects,
+            self.name,
+            keep_fast=keep_fast,
+            depth=depth,
+            codec="fast" if self._codec == "none" else self._codec,
+            threads=self._threads,
+            progress=progress,
+        )
 
     def delete(self, step: int) -> None:
         """Delete a checkpoint and its tags. The bytes that no other needs go with the next collection.

@@ -15,7 +15,18 @@ import typer
 import typer.main
 
 from ckptstore._version import __version__
-from ckptstore.cli import benching, collection, examination, files, listing, removal, showing, totals, verification
+from ckptstore.cli import (
+    benching,
+    collection,
+    compaction,
+    examination,
+    files,
+    listing,
+    removal,
+    showing,
+    totals,
+    verification,
+)
 from ckptstore.cli.options import as_it_stands, examples
 from ckptstore.cli.printing import print_json, printable, warn
 from ckptstore.errors import (
@@ -61,7 +72,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (listing, showing, verification, totals, files, removal, collection, examination, benching):
+for group in (listing, showing, verification, totals, files, removal, collection, compaction, examination, benching):
     group.add_to(app)
 
 

@@ -6,6 +6,7 @@ interleaving) decides how they are carried out. docs/explanation/protocol.md say
 
 from ckptstore.protocol.candidates import Candidate, current, may_be_committed, read_candidate, read_condemned
 from ckptstore.protocol.collects import Collected, CollectRequest, collect
+from ckptstore.protocol.compactions import CompactRequest, compact
 from ckptstore.protocol.deletes import bury_all, delete
 from ckptstore.protocol.operations import (
     Check,
@@ -33,6 +34,7 @@ __all__ = [
     "Close",
     "CollectRequest",
     "Collected",
+    "CompactRequest",
     "Create",
     "Delete",
     "Get",
@@ -49,6 +51,7 @@ __all__ = [
     "Uploaded",
     "bury_all",
     "collect",
+    "compact",
     "current",
     "delete",
     "may_be_committed",

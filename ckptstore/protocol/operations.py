@@ -53,12 +53,17 @@ class Close(Struct, frozen=True):
 
 
 class Upload(Struct, frozen=True):
-    """-> dict digest -> Uploaded. Encodes and puts the chunks of these digests under the save's own keys."""
+    """-> dict digest -> Uploaded. Encodes and puts the chunks of these digests under the save's own keys.
+
+    Those that do not come out short enough are not put, and are left out of the answer.
+    """
 
     save: str
     digests: tuple[str, ...]
     bases: Mapping[str, Held] = field(default_factory=dict)
-    """Digest -> a full chunk that it may be stored as the difference to, where that is clearly smaller."""
+    """Digest -> a chunk that it may be stored as the difference to, where that is clearly smaller."""
+    below: Mapping[str, int] = field(default_factory=dict)
+    """Digest -> how many bytes its object must not exceed."""
 
 
 class Uploaded(Struct, frozen=True):

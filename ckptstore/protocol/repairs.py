@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from ckptstore.deltas import Held, held_chunks, table
+from ckptstore.deltas import Held, heads, held_chunks, table
 from ckptstore.errors import ConflictError, UnavailableError
 from ckptstore.format import CHUNKS, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey
 from ckptstore.manifest import ChunkRef, Manifest, Session, Writer, format_naming
@@ -73,7 +73,7 @@ def _rewire(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
         )
     condemned = {key for each in lists if each for key in each.keys}
     manifest, sources = yield from _read(request)
-    held = held_chunks(manifest)[: _heads(manifest)]
+    held = held_chunks(manifest)[: heads(manifest)]
     broken = {link.digest for chunk in held for link in chunk.chain if link.key in condemned}
     if not broken:
         return Repaired(manifest)
@@ -99,11 +99,6 @@ def _read(request: RepairRequest) -> Generator[Operation, Any, tuple[Manifest, l
             f"({request.manifest}), so there is nothing to repair."
         )
     return manifests[0], [each for each in manifests if each is not None]
-
-
-def _heads(manifest: Manifest) -> int:
-    """How many chunks of the table tensors are made of; what follows, these stand on."""
-    return 1 + max((index for segment in manifest.segments for index in segment.chunks), default=-1)
 
 
 def _good_copies(

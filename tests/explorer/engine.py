@@ -76,10 +76,11 @@ def atomic(steps: Steps) -> Steps:
             case Delete(keys):
                 for key in keys:
                     yield Delete((key,))
-            case Upload(save, digests, bases):
+            case Upload(save, digests, bases, below):
                 answer = {}
                 for digest in digests:
-                    uploaded = yield Upload(save, (digest,), {digest: bases[digest]} if digest in bases else {})
+                    base = {digest: bases[digest]} if digest in bases else {}
+                    uploaded = yield Upload(save, (digest,), base, {digest: 1} if digest in below else {})
                     answer = {**answer, **uploaded}
             case Sync() | Pause():
                 pass
@@ -106,7 +107,9 @@ def perform(operation: Operation, content: Content) -> Iterable[tuple[Any, Conte
             yield None, _without(content, session_key(save))
         case Delete((key,)):
             yield None, _without(content, key)
-        case Upload(save, (digest,), bases):
+        case Upload(save, (digest,), bases, below):
+            if below:
+                yield {}, content
             key = chunk_key(digest, save, is_delta=bool(bases))
             yield {digest: Uploaded(len(CHUNK), is_delta=bool(bases))}, content | {(key, CHUNK)}
         case Check(chunk):

@@ -1,4 +1,4 @@
-"""Random histories of saves, deletes, collections and repairs, step by step in any order, some of them never finished.
+"""Random histories of saves, deletes, collections, repairs and compactions, step by step in any order, some of them never finished.
 
 The explorer walks every interleaving of a small scene. Here the scenes are larger: several chunks, deltas, steps saved
 again, damage that is marked, lists that wait; the interleavings are drawn.
@@ -73,6 +73,24 @@ def a_repair(draw: random.Random, number: int, content: Content) -> Callable[[],
     return lambda: protocol.repair(request)
 
 
+def a_compaction(draw: random.Random, number: int, content: Content) -> Callable[[], Steps] | None:
+    there = sorted(manifests(content), key=lambda manifest: manifest.step)
+    if len(there) < 2:
+        return None
+    older, newer = sorted(draw.sample(range(len(there)), 2))
+    everything = [ref.key for manifest in there for ref in manifest.chunks]
+    request = protocol.CompactRequest(
+        manifest=there[older].key,
+        newer=there[newer].key,
+        save=save_id(number),
+        created=NOW,
+        writer=WRITER,
+        depth=draw.randint(1, 4),
+        pinned=frozenset(draw.sample(everything, draw.randrange(len(everything)))),
+    )
+    return lambda: protocol.compact(request)
+
+
 def mark_as_corrupt(draw: random.Random, number: int, content: Content) -> Content:
     """What `verify` does when it finds damage: a list of its own."""
     keys = sorted(key for key, _ in content if key.startswith(("chunks/", "deltas/")))
@@ -91,7 +109,9 @@ def play(draw: random.Random, steps: int) -> Content:
     at_work: list[tuple[Steps, Any]] = []
     for number in range(1, steps):
         if len(at_work) < 4 and draw.random() < 0.3:
-            actor = a_repair(draw, number, content) if draw.random() < 0.2 else None
+            kind = draw.random()
+            special = a_repair if kind < 0.2 else a_compaction
+            actor = special(draw, number, content) if kind < 0.4 else None
             at_work.append((atomic((actor or an_actor(draw, number))()), None))
         if draw.random() < 0.01:
             content = mark_as_corrupt(draw, number, content)
