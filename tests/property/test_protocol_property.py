@@ -1,4 +1,4 @@
-"""Random histories of saves, deletes, collections, repairs and compactions, step by step in any order, some of them never finished.
+"""Random histories of saves, deletes, collections, repairs and compactions, in any order, some never finished.
 
 The explorer walks every interleaving of a small scene. Here the scenes are larger: several chunks, deltas, steps saved
 again, damage that is marked, lists that wait; the interleavings are drawn.
