@@ -13,7 +13,7 @@ import torch
 
 from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.manifest import Manifest
-from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, join, registered_names, tensor_places
+from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, join, registered_names, shown, tensor_places
 from ckptstore.skeleton import tensors as tensors_below
 from ckptstore.tree import (
     TORCH_DTYPES,
@@ -224,7 +224,7 @@ class _Matcher:
         for name in registered_names(node):
             if registration_named(name) is None:
                 self.found.problems.append(
-                    f"{path} holds a value saved under the name {name!r}, which is not registered here "
+                    f"{path} holds a value saved under the name {shown(name)}, which is not registered here "
                     "(ckptstore.register)"
                 )
         unflatten(node, lambda *_: None, self._segment_bytes, path, describe=True)
@@ -236,7 +236,8 @@ class _Matcher:
             self._differs(path, f"an optimizer ({type(optimizer).__name__})", node)
             return
         members = [_mapping_members(group, path) or {} for group in groups]
-        saved = [len(group.get("params", ())) for group in members]
+        params = [group.get("params") for group in members]
+        saved = [len(each) if isinstance(each, list) else 0 for each in params]
         live = [len(group["params"]) for group in optimizer.param_groups]
         if saved != live:
             self.found.problems.append(f"{path} has parameter groups of {live} tensors and {saved} in the checkpoint")
@@ -245,7 +246,7 @@ class _Matcher:
             # A newer version of an optimizer has settings more. One that has settings less besides is another: torch
             # would take over its settings, and fail in the first step, or train with what they happen to be.
             lacking = sorted(key for key in optimizer.defaults if key not in group)
-            foreign = sorted(str(key) for key in group if key not in own and key not in _OF_SCHEDULERS)
+            foreign = sorted(join("", key) for key in group if key not in own and key not in _OF_SCHEDULERS)
             if lacking and foreign:
                 self.found.problems.append(
                     f"{path} is a {type(optimizer).__name__} here, and its settings in the checkpoint are those of "
@@ -338,7 +339,7 @@ def _mapping_members(node: Any, path: str) -> dict[Any, Any] | None:
 
 
 def _unwrapped(keys: Iterable[str]) -> set[str]:
-    return {str(key).replace("_orig_mod.", "").removeprefix("module.") for key in keys}
+    return {join("", key).replace("_orig_mod.", "").removeprefix("module.") for key in keys}
 
 
 def _tag(node: Any) -> str | None:
@@ -348,5 +349,5 @@ def _tag(node: Any) -> str | None:
 
 def _kind(node: Any) -> str:
     if isinstance(node, dict):
-        return f"a {node.get(TAG, 'dict')}"
+        return f"a {_tag(node) or 'dict'}"
     return f"a {type(node).__name__}" if node is not None else "None"

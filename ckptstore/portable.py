@@ -251,12 +251,13 @@ def _require_safetensors() -> Any:
 def _names(manifest: Manifest) -> list[str]:
     """A name for each tensor: its path; with a number where paths read the same ({"a.b": …} and {"a": {"b": …}})."""
     names: dict[str, None] = {}
+    last_number: dict[str, int] = {}  # so that it takes no longer the more paths read the same
     for path, _ in tensors(manifest.tree, manifest.segment_bytes):
         wanted = name = path or "tensor"
-        number = 2
         # __metadata__ is what the format calls its own part of the header.
         while name in names or name == "__metadata__":
-            name, number = f"{wanted}#{number}", number + 1
+            last_number[wanted] = last_number.get(wanted, 1) + 1
+            name = f"{wanted}#{last_number[wanted]}"
         names[name] = None
     return list(names)
 

@@ -211,7 +211,10 @@ def _suffix(path: str, key: Any) -> str:
     """What a key adds to the path of its container."""
     if isinstance(key, str):
         return f".{key}" if path else key
-    return f"[{key!r}]"
+    try:
+        return f"[{key!r}]"
+    except ValueError:  # Python does not write out an int of thousands of digits
+        return f"[{type(key).__name__} {hash(key):x}]"
 
 
 def shown(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Valid objects made hostile: bytes that were changed, and JSON whose values were, under a seal that is right."""
 
+import copy
 import json
 import math
 import struct
@@ -228,7 +229,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _replace(random: Random, container: Any, key: Any) -> None:
-    container[key] = hostile_value(random)
+    container[key] = copy.deepcopy(hostile_value(random))  # what is chosen from is not to be changed by what follows
 
 
 def _remove(random: Random, container: Any, key: Any) -> None:

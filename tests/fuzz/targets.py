@@ -241,9 +241,14 @@ def _state(step: int) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1 + step / 2**16))
+    optimizer = torch.optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) * step
+    optimizer.step()
     shared = torch.arange(64, dtype=torch.float64) + step
     return {
         "model": model,
+        "optimizer": optimizer,
         "views": [shared, shared[8:16]],
         "half": torch.ones(5, dtype=torch.bfloat16) * step,
         "array": np.arange(9, dtype="<i4"),
@@ -297,13 +302,26 @@ def make_store(random: Random) -> Parts | None:
     objects = dict(random.choice(valid_stores()))
     for _ in range(random.choice([1, 1, 2, 3])):
         random.choice(_DAMAGES)(random, objects)
-    objects["operation"] = random.choice(list(OPERATIONS)).encode()
+    restores = [name for name in OPERATIONS if name.startswith("restore")]
+    objects["operation"] = random.choice([*OPERATIONS, *restores, *restores, *restores]).encode()
     return None if TOO_MUCH < claimed(objects) < 2**40 else objects
 
 
 def _hostile_documents(random: Random, objects: Parts) -> None:
     key = random.choice([key for key in objects if _kind_of(key)])
     objects[key] = _hostile_again(random, key, objects[key])
+
+
+def _hostile_part(random: Random, objects: Parts) -> None:
+    """Of the tree, where a restore looks."""
+    key = random.choice([key for key in objects if key.startswith("runs/lstm/")])
+    try:
+        value = msgspec.json.decode(unseal(objects[key], key))
+        part = random.choice(["model", "optimizer", "optimizer", "views", "half", "keys"])
+        value["tree"] = value["tree"] | mutating.with_hostile_values(random, {part: value["tree"][part]})
+        objects[key] = mutating.resealed(random, value, MIN_MANIFEST_BYTES)
+    except (errors.CorruptError, msgspec.DecodeError, RecursionError, ValueError, LookupError, TypeError):
+        pass  # a fence, or it was made hostile before
 
 
 def _hostile_manifest(random: Random, objects: Parts) -> None:
@@ -373,7 +391,7 @@ def _foreign(random: Random, objects: Parts) -> None:
 
 
 _DAMAGES: list[Callable[[Random, Parts], None]] = [
-    *[_hostile_documents, _hostile_manifest, _hostile_manifest, _hostile_manifest],
+    *[_hostile_documents, _hostile_manifest, _hostile_manifest, _hostile_part, _hostile_part, _hostile_part],
     *[_hostile_chunk, _hostile_chunk, _edited, _edited, _gone, _exchanged, _foreign],
 ]
 
@@ -451,7 +469,7 @@ def _run(objects: RecordingObjects) -> ckptstore.Run:
 def _restore(**options: Any) -> Callable[[RecordingObjects, Path], Any]:
     def act(objects: RecordingObjects, folder: Path) -> None:
         destination = _state(0)
-        destination = {name: destination[name] for name in ("model", "views", "half", "keys")}
+        destination = {name: destination[name] for name in ("model", "optimizer", "views", "half", "keys")}
         destination["views"] = [torch.zeros(64, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)]
         found = _quietly(lambda: _run(objects).restore(destination, **options))
         if found is not None:

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import ckptstore
+from ckptstore.errors import CorruptError
+from ckptstore.manifest import Manifest, Writer
+from ckptstore.matching import Match, match
 from ckptstore.tree import registry
 
 
@@ -288,3 +291,68 @@ def test_deques_and_ordered_dicts_of_tensors_are_filled(run: ckptstore.Run) -> N
     x, t = torch.zeros(1), torch.zeros(1)
     run.restore({"o": {"x": x}, "t": [t, 0]})
     assert (x.item(), t.item()) == (1, 1)
+
+
+# ---- trees that somebody crafted
+
+
+def matched(tree: Any, destination: Any) -> Match:
+    value = Manifest(
+        run="run",
+        step=1,
+        save=32 * "a",
+        created="2026-11-25T01:02:03Z",
+        writer=Writer(host="h", pid=1, version="0"),
+        replaces=[],
+        metrics={},
+        metadata={},
+        content=64 * "0",
+        raw_bytes=0,
+        stored_bytes=0,
+        new_bytes=0,
+        tree=tree,
+        segments=[],
+        chunks=[],
+    )
+    return match(destination, value)
+
+
+def deep() -> Any:
+    node: Any = 1
+    for _ in range(5000):
+        node = [node]
+    return node
+
+
+HUGE = {"$": "int", "hex": "0x" + "f" * 5000}
+"""Python does not write it out in decimal."""
+
+
+@pytest.mark.parametrize("params", [5, None, "ab", {"$": "tuple", "items": [0, 1]}], ids=repr)
+def test_params_of_an_optimizer_that_are_no_list_are_none(params: Any) -> None:
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
+    found = matched({"o": {"state": {}, "param_groups": [{"params": params}]}}, {"o": optimizer})
+    assert found.problems == ["o has parameter groups of [2] tensors and [0] in the checkpoint"]
+
+
+def test_keys_that_python_does_not_write_out_are_told_in_another_way() -> None:
+    tensor = {"$": "tensor", "dtype": "float32", "shape": [0], "segment": 0}
+    found = matched({"x": {"$": "dict", "items": [[HUGE, tensor]]}}, {"x": {}})
+    assert found.unexpected == [f"x[int {hash(int(HUGE['hex'], 16)):x}]"]
+    found = matched({"x": {"$": "dict", "items": [[HUGE, 1]]}}, {"x": torch.nn.Linear(2, 2)})
+    assert found.unexpected == [f"x[int {hash(int(HUGE['hex'], 16)):x}]"]
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
+    group = {"$": "dict", "items": [[HUGE, 1], ["params", [0, 1]]]}
+    found = matched({"x": {"state": {}, "param_groups": [group]}}, {"x": optimizer})
+    assert "is a SGD here, and its settings in the checkpoint are those of another optimizer" in found.problems[0]
+
+
+@pytest.mark.parametrize("live", [torch.ones(1), [torch.ones(1)], {"a": torch.ones(1)}], ids=["tensor", "list", "dict"])
+def test_a_tag_that_is_nested_too_deep_to_be_written_out_is_told(live: Any) -> None:
+    assert "here and a dict in the checkpoint" in matched({"x": {"$": deep()}}, {"x": live}).problems[0]
+
+
+@pytest.mark.parametrize("items", [None, 5, [1], [[1, 2, 3]], [[[], 1]], [["a", 1], ["a", 2]], "ab"], ids=repr)
+def test_members_of_a_dict_that_make_no_sense_are_corrupt(items: Any) -> None:
+    with pytest.raises(CorruptError):
+        matched({"x": {"$": "dict", "items": items}}, {"x": {"a": torch.ones(1)}})

@@ -502,3 +502,22 @@ def test_progress_ends_at_all_the_bytes(run: Run, file: Path) -> None:
     run.export(file, progress=lambda done, total: seen.append((done, total)))
     assert seen
     assert seen[-1][0] == seen[-1][1] > 0
+
+
+def test_however_many_paths_read_the_same_each_name_is_tried_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a manifest that lists one key many times would take time for each pair."""
+    tried = 0
+
+    class Counted(str):
+        def __format__(self, spec: str) -> str:
+            nonlocal tried
+            tried += 1
+            return str(self)
+
+    manifest = store.run("run").save({}, step=1)._manifest
+    path, count = Counted("a"), 200
+    monkeypatch.setattr(portable, "tensors", lambda tree, lengths: [(path, None)] * count)
+    assert portable._names(manifest) == ["a", *(f"a#{number}" for number in range(2, count + 1))]
+    assert tried == count - 1
