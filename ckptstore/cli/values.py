@@ -72,8 +72,9 @@ def type_name(node: Any) -> str:
         return "None" if node is None else type(node).__name__
     tag = node[TAG]
     if tag == "registered":
-        return str(node.get("name"))
-    return _TYPE_NAMES.get(str(tag), str(tag))
+        name = node.get("name")
+        return name if isinstance(name, str) else tag  # of any depth, which Python could not write out
+    return _TYPE_NAMES.get(tag, tag) if isinstance(tag, str) else "unknown"
 
 
 def _plain(node: Any, depth: int) -> Any:
