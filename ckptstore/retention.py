@@ -7,7 +7,7 @@ counts for no rule.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -131,12 +131,17 @@ def _best_of(sound: Sequence[Candidate], best: Best) -> int:
 
 
 def _number(value: Any) -> float | None:
-    """A metric's value; None for what cannot be compared: NaN, text, an array."""
-    if isinstance(value, bool) or not (isinstance(value, int | float) or getattr(value, "shape", None) == ()):
+    """A metric's value; None for what cannot be compared: NaN, text, a bool, a complex number, an array."""
+    of_numpy = getattr(value, "shape", None) == () and getattr(getattr(value, "dtype", None), "kind", "none") in (
+        "i",
+        "u",
+        "f",
+    )
+    if isinstance(value, bool) or not (isinstance(value, int | float) or of_numpy):
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:  # a larger whole number than a float can be
         return None
     return None if math.isnan(number) else number
 
@@ -154,7 +159,10 @@ def _seconds(value: "float | timedelta | str") -> float:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhdw])", value.strip())
         seconds = float(match[1]) * UNITS[match[2]] if match else -1.0
     else:
-        seconds = float(value) if type(value) in (int, float) else -1.0
+        try:
+            seconds = float(value) if type(value) in (int, float) else -1.0
+        except OverflowError:
+            seconds = math.inf
     if not seconds > 0 or math.isinf(seconds):
         raise InvalidInputError(
             f"keep_within must be a length of time: '12h', '7d', '2w', a timedelta, or seconds; not {value!r}."
@@ -162,16 +170,17 @@ def _seconds(value: "float | timedelta | str") -> float:
     return seconds
 
 
-def _several(value: str | Sequence[str] | None) -> Sequence[str]:
+def _several(value: str | Sequence[str] | None) -> Iterable[str]:
     if value is None:
         return ()
-    return (value,) if isinstance(value, str) else value
+    given: Any = value  # whatever the annotations say
+    return given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
 
 
 def _best(text: str) -> Best:
-    metric, colon, order = text.rpartition(":")
-    if not colon:
-        return Best(text)
+    given: Any = text  # whatever the annotations say
+    name = given if isinstance(given, str) else ""
+    metric, order = name.rsplit(":", 1) if ":" in name else (name, "min")
     if order not in ("min", "max") or not metric:
-        raise InvalidInputError(f"keep_best must be METRIC, METRIC:min or METRIC:max, not {text!r}.")
+        raise InvalidInputError(f"keep_best must be METRIC, METRIC:min or METRIC:max, not {given!r}.")
     return Best(metric, "max" if order == "max" else "min")
