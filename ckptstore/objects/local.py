@@ -24,6 +24,8 @@ __all__ = ["LocalObjects"]
 
 TEMPORARY = ".tmp-"
 """How the names of unfinished files begin."""
+OUR_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")
+"""Such a name in full. Other programs may keep files in a store's folder too, and theirs are not ours to delete."""
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 
@@ -308,7 +310,7 @@ class LocalObjects(Objects):
         for entry in self._entries(folder):
             if entry.is_dir(follow_symlinks=False):
                 yield from self._temporary_files(f"{folder}{entry.name}/")
-            elif entry.name.startswith(TEMPORARY):
+            elif OUR_TEMPORARY.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):
                     yield entry.path, entry.stat(follow_symlinks=False).st_mtime
 

@@ -1,14 +1,18 @@
 """LocalObjects: which system calls it makes, what a failing one leaves behind, and what it tells the user."""
 
 import errno
+import io
 import os
 import stat
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ckptstore.errors import InvalidInputError, UnavailableError
+from ckptstore.objects import local
 from ckptstore.objects.local import LocalObjects
 from ckptstore.objects.open import open_objects
 
@@ -450,3 +454,174 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_no_place_at_all_is_refused(place: str) -> None:
     with pytest.raises(InvalidInputError):
         open_objects(place)
+
+
+# ---- what a collection asks of a disk
+
+
+def unfinished(root: Path, where: str, *, age: float = 7200.0) -> Path:
+    """A file of a writer that died so many seconds ago."""
+    path = root / where / f".tmp-{uuid.uuid4().hex}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_files_of_dead_writers_are_found_in_every_folder_and_removed(objects: LocalObjects, root: Path) -> None:
+    objects.put("chunks/ab/c", b"whole")
+    dead = sorted(unfinished(root, where) for where in ("chunks/ab", "runs/a", "sessions", "."))
+    named = [str(path.relative_to(root)) for path in dead]
+    assert objects.leftovers(600, remove=False) == named
+    assert all(path.exists() for path in dead)
+    assert objects.leftovers(600, remove=True) == named
+    assert leftovers(root) == [root / "chunks/ab/c"]
+    assert objects.leftovers(600, remove=True) == []
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_a_file_that_was_written_to_not_long_ago_is_no_leftover(
+    objects: LocalObjects, root: Path, remove: bool
+) -> None:
+    young = unfinished(root, "chunks/ab", age=0)
+    assert objects.leftovers(600, remove=remove) == []
+    assert young.exists()
+
+
+def test_the_age_of_a_leftover_goes_by_the_clock_that_stamps_files(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    young = unfinished(root, "chunks/ab", age=0)
+    monkeypatch.setattr("ckptstore.objects.local.time.time", lambda: young.stat().st_mtime + 10_000)
+    assert objects.leftovers(600, remove=True) == []
+
+
+@pytest.mark.parametrize("name", [".tmp-backup", ".tmp-", f".tmp-{'A' * 32}", f".tmp-{'a' * 33}", f"x.tmp-{'a' * 32}"])
+def test_files_of_other_programs_are_no_leftovers(objects: LocalObjects, root: Path, name: str) -> None:
+    path = unfinished(root, "notes")
+    path = path.rename(path.with_name(name))
+    assert objects.leftovers(600, remove=True) == []
+    assert path.exists()
+
+
+def test_leftovers_are_not_looked_for_behind_links(objects: LocalObjects, root: Path, tmp_path: Path) -> None:
+    elsewhere = unfinished(tmp_path, "elsewhere")
+    root.mkdir(parents=True)
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    assert objects.leftovers(600, remove=True) == []
+    assert elsewhere.exists()
+
+
+def test_a_folder_that_is_not_there_has_no_leftovers(objects: LocalObjects, root: Path) -> None:
+    assert objects.leftovers(600, remove=False) == []
+    assert not root.exists()
+
+
+def test_a_leftover_that_another_removes_meanwhile_is_fine(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = unfinished(root, "runs/a")
+    unlink = os.unlink
+
+    def twice(path: str) -> None:
+        unlink(path)
+        if path == str(dead):
+            unlink(path)
+
+    monkeypatch.setattr(os, "unlink", twice)
+    assert objects.leftovers(600, remove=True) == [str(dead.relative_to(root))]
+
+
+def test_a_writer_that_was_taken_for_dead_cannot_commit(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def stall(source: str, target: str) -> None:
+        os.utime(source, (0, 0))
+        assert len(LocalObjects(root).leftovers(600, remove=True)) == 1
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", stall)
+    with pytest.raises(UnavailableError, match="cannot create"):
+        objects.create("runs/a/manifest", b"content")
+    assert leftovers(root) == []
+
+
+def test_leftovers_that_cannot_be_removed_are_told_of(
+    objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished(root, "runs/a")
+    monkeypatch.setattr(os, "unlink", failing(errno.EROFS))
+    with pytest.raises(UnavailableError, match=r"cannot tidy up .*mounted read-only"):
+        objects.leftovers(600, remove=True)
+
+
+def test_what_is_deleted_together_is_gone_for_good_when_that_returns(
+    objects: LocalObjects, root: Path, fsynced: list[str]
+) -> None:
+    for key in ("chunks/aa/1", "chunks/aa/2", "chunks/bb/3", "chunks/bb/4"):
+        objects.put(key, b"x")
+    fsynced.clear()
+    objects.delete_many(["chunks/bb/3", "chunks/aa/1", "chunks/aa/2", "chunks/cc/never", "chunks/aa/gone"])
+    assert leftovers(root) == [root / "chunks/bb/4"]
+    assert fsynced == [str(root / "chunks/aa"), str(root / "chunks/bb")]
+
+
+def test_a_deletion_that_may_not_last_is_an_error(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects.put("chunks/aa/1", b"x")
+    monkeypatch.setattr("ckptstore.objects.local._fsync_folder", failing(errno.EIO))
+    with pytest.raises(UnavailableError, match=r"cannot sync .*chunks/aa"):
+        objects.delete_many(["chunks/aa/1"])
+
+
+@pytest.mark.parametrize(
+    ("mounts", "kind"),
+    [
+        ("/dev/sda / ext4 rw 0 0\n", "ext4"),
+        ("/dev/sda / ext4 rw 0 0\nserver:/x /data nfs4 rw 0 0\n", "nfs4"),
+        ("server:/x /data nfs4 rw 0 0\n/dev/sda / ext4 rw 0 0\n", "nfs4"),
+        ("/dev/sda / ext4 rw 0 0\nserver:/x /dat nfs4 rw 0 0\n", "ext4"),
+        ("/dev/sda / ext4 rw 0 0\nserver:/x /data/ckpts nfs4 rw 0 0\n", "nfs4"),
+        ("/dev/sda / ext4 rw 0 0\nserver:/x /data/ckpts/below nfs4 rw 0 0\n", "ext4"),
+        ("a /data nfs4 rw 0 0\nb /data ext4 rw 0 0\n", "ext4"),
+        ("a /data ext4 rw 0 0\nb /data nfs4 rw 0 0\n", "nfs4"),
+        ("a /data nfs4 rw 0 0\nb /data/ckpts xfs rw 0 0\n", "xfs"),
+        ("a /elsewhere nfs4 rw 0 0\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_file_system_of_a_path_is_that_of_the_nearest_mount_above(
+    mounts: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(mounts))
+    assert local._file_system("/data/ckpts") == kind
+
+
+def test_a_mount_with_a_blank_in_its_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = "/dev/sda / ext4 rw 0 0\nserver:/x /my\\040data nfs rw 0 0\n"
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(mounts))
+    assert local._file_system("/my data/ckpts") == "nfs"
+
+
+def test_where_the_kernel_tells_no_mounts_none_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.open", failing(errno.ENOENT))
+    assert local._file_system("/data") == ""
+
+
+@pytest.mark.parametrize(("kind", "stale"), [("nfs4", True), ("cifs", True), ("fuse.sshfs", True), ("ext4", False)])
+def test_listings_of_network_file_systems_may_be_stale(
+    kind: str, stale: bool, objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_file_system", lambda path: kind)
+    said = f"{root} lies on a file system of type {kind}, which may keep a listing of a folder for a minute"
+    assert objects.stale_listings() == (said if stale else "")
+
+
+def test_the_file_system_is_that_behind_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objects: LocalObjects
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setattr(local, "_file_system", lambda path: "nfs" if path == str(tmp_path / "real/store") else "ext4")
+    assert LocalObjects(tmp_path / "link/store").stale_listings() != ""
