@@ -44,7 +44,7 @@ class CollectReport:
     """The outcome of `Store.collect`: of a dry run what would be done, else what was.
 
     Attributes:
-        dry_run: whether anything was changed.
+        dry_run: whether this only says what would be done, and nothing was changed.
         checkpoints: how many there are, each of which keeps all that it needs.
         chunks, chunk_bytes: how many chunk objects were there before, and their size.
         garbage, garbage_bytes: how many of them no checkpoint needs, and their size; those of saves under way do not

@@ -39,7 +39,7 @@ class PruneReport:
     """The outcome of `Store.prune`.
 
     Attributes:
-        dry_run: whether anything was changed.
+        dry_run: whether this only says what would be done, and nothing was changed.
         kept: the checkpoints that stay, and why.
         removed: the checkpoints that were deleted, or would be.
         freed_bytes: size of the chunks that, of these runs, only the removed ones need. Other runs may need them too;
@@ -76,7 +76,7 @@ def prune(objects: Objects, runs: Sequence[str], rules: Rules, *, dry_run: bool)
     going: list[_Step] = []
     kept: dict[str, int] = {}
     gone: dict[str, int] = {}
-    for run in runs:
+    for run in dict.fromkeys(runs):  # each once
         steps = _steps(objects, run)
         tags = tagging.listed(objects, run)
         reasons = choose([_candidate(step, tags.get(step.step, ()), corrupt) for step in steps], rules, now)
