@@ -14,6 +14,8 @@ import ckptstore
 from ckptstore import performing
 from ckptstore.cli import main
 from ckptstore.collecting import CollectReport, WaitingSave
+from ckptstore.format import session_key
+from ckptstore.manifest import Session, Writer, encode
 from ckptstore.objects import local
 from ckptstore.objects.local import LocalObjects
 from ckptstore.objects.open import store_time
@@ -71,9 +73,6 @@ def files() -> set[str]:
 
 def dead_session() -> None:
     """The session of a save that began and never ended."""
-    from ckptstore.format import session_key
-    from ckptstore.manifest import Session, Writer, encode
-
     writer = Writer(host="nodé\x1b[1m", pid=12, version="0")
     session = Session(save="a" * 32, run="lstm", step=400, writer=writer, opened="2026-01-02T03:04:05Z", beat=3)
     LocalObjects("ckpts").put(session_key("a" * 32), encode(session))
