@@ -24,10 +24,11 @@ from ckptstore.protocol.operations import (
     Upload,
     Uploaded,
 )
-from ckptstore.protocol.repairs import Repaired, RepairRequest, repair
+from ckptstore.protocol.repairs import UNREADABLE_LIST, Repaired, RepairRequest, repair
 from ckptstore.protocol.saves import SaveRequest, save
 
 __all__ = [
+    "UNREADABLE_LIST",
     "Candidate",
     "Check",
     "Clock",

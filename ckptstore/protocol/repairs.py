@@ -4,20 +4,26 @@ A repair is a save that uploads nothing: it opens a session, reads what is conde
 and creates a manifest under an id of its own, which replaces the old one. So whatever is safe for saves is safe for it.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from ckptstore.deltas import Held, heads, held_chunks, table
-from ckptstore.errors import ConflictError, UnavailableError
-from ckptstore.format import CHUNKS, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey
+from ckptstore.errors import ConflictError, CorruptError, FencedError, UnavailableError
+from ckptstore.format import CHUNKS, MAX_DELTA_DEPTH, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey, run_prefix
 from ckptstore.manifest import ChunkRef, Manifest, Session, Writer, format_naming
 from ckptstore.objects.base import ObjectInfo
-from ckptstore.protocol.candidates import read_candidate, read_condemned
-from ckptstore.protocol.operations import Check, Close, Get, List, Open, Operation, Sync
+from ckptstore.protocol.candidates import Candidate, current, read_candidate, read_candidates, read_condemned
+from ckptstore.protocol.deletes import bury
+from ckptstore.protocol.operations import Check, Get, List, Open, Operation, Sync
 from ckptstore.protocol.saves import close_quietly, commit
+
+UNREADABLE_LIST = (
+    "a list of condemned chunks cannot be read, so which copies are good is not known. Nothing was changed. `ckptstore "
+    "verify` names the list; delete it when no job saves, verify the store again, and repair it then."
+)
 
 
 class RepairRequest(Struct, frozen=True):
@@ -43,8 +49,10 @@ def repair(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
     """Repair one checkpoint.
 
     Raises:
-        ConflictError: it is there no more, or cannot be read.
-        FencedError, UnavailableError: as for a save.
+        ConflictError: it is there no more, counts no more, or cannot be read.
+        CorruptError: a condemned list cannot be read, so which copies are good is not known.
+        FencedError: a collector took this repair for dead; nothing was changed.
+        UnavailableError: a request failed. If it was the commit's, its outcome is unknown and the session stands.
     """
     key = request.manifest
     session = Session(
@@ -53,28 +61,88 @@ def repair(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
     try:
         yield Open(session)
         outcome = yield from _rewire(request)
-        yield from _read(request)  # what was deleted meanwhile must not come back
+        before = yield from _of_step(key)
+        _require_current(key, before)  # what was deleted or saved again meanwhile must not come back
     except (Exception, KeyboardInterrupt):
         yield from close_quietly(request.save)
         raise
     if outcome.manifest is None or outcome.manifest.save != request.save:
-        yield Close(request.save)
+        yield from close_quietly(request.save)
         return outcome
-    yield from commit(outcome.manifest, [key])
+    yield from _commit(outcome.manifest)
+    yield from _settle(request, outcome.manifest, before)
     return outcome
+
+
+def _of_step(key: ManifestKey) -> Generator[Operation, Any, list[Candidate]]:
+    rows: list[ObjectInfo] = yield List((f"{run_prefix(key.run)}{key.step:020d}.",))
+    return (yield from read_candidates([(found, row) for row in rows if (found := ManifestKey.parse(row.key))]))
+
+
+def _require_current(key: ManifestKey, candidates: Sequence[Candidate]) -> None:
+    standing = current(candidates)
+    if standing is None or standing.key != key:
+        raise _changed(key)
+
+
+def _changed(key: ManifestKey) -> ConflictError:
+    return ConflictError(
+        f"step {key.step} of run {key.run!r} was deleted, saved again or damaged meanwhile ({key}), so there is "
+        "nothing to repair."
+    )
+
+
+def _commit(manifest: Manifest) -> Generator[Operation, Any, None]:
+    """As for a save; but what to do after a failure is another thing."""
+    what = f"step {manifest.step} of run {manifest.run!r}"
+    try:
+        yield from commit(manifest, [])
+    except FencedError as error:
+        raise FencedError(
+            f"the repair of {what} was taken for dead by a collection, because this process did not show itself in "
+            "time. Nothing was changed. Repair again."
+        ) from error
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"whether {what} was repaired is not known: {error.__cause__ or error} Once the store can be reached "
+            "again, repair again: that is safe either way."
+        ) from error
+
+
+def _settle(request: RepairRequest, manifest: Manifest, before: Sequence[Candidate]) -> Generator[Operation, Any, None]:
+    """Look again after the commit: a delete, or a save of another state, that came just before it is not to be undone.
+
+    Who takes a manifest away here has seen another one of the step, or a delete, that stays: two repairs at once never
+    take away each other's.
+    """
+    try:
+        after = yield from _of_step(request.manifest)
+        known = {request.save, *(found.key.save_id for found in before)}
+        stands = any(found.key == request.manifest and found.manifest for found in after)
+        # Another repair of the same checkpoint holds the same.
+        if stands and all(
+            found.key.save_id in known or found.manifest is None or _same(found.manifest, manifest) for found in after
+        ):
+            yield from bury(request.manifest, request.created)
+            return
+    except UnavailableError:
+        return  # the repaired manifest stands, and what it replaces is not current even so
+    yield from bury(manifest.key, request.created)
+    raise _changed(request.manifest)
+
+
+def _same(one: Manifest, other: Manifest) -> bool:
+    return (one.content, one.metrics, one.metadata) == (other.content, other.metrics, other.metadata)
 
 
 def _rewire(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
     lists = yield from read_condemned()
     if None in lists:
-        raise UnavailableError(
-            "a list of condemned chunks cannot be read, so which copies are good is not known. `ckptstore verify` "
-            "names the list; delete it when no job saves, verify the store again, and repair it then."
-        )
+        raise CorruptError(UNREADABLE_LIST)
     condemned = {key for each in lists if each for key in each.keys}
     manifest, sources = yield from _read(request)
     held = held_chunks(manifest)[: heads(manifest)]
-    broken = {link.digest for chunk in held for link in chunk.chain if link.key in condemned}
+    broken = {digest for chunk in held for digest in _broken(chunk, condemned)}
     if not broken:
         return Repaired(manifest)
     lengths = {link.digest: link.raw for chunk in held for link in chunk.chain}
@@ -94,11 +162,17 @@ def _read(request: RepairRequest) -> Generator[Operation, Any, tuple[Manifest, l
     found = [read_candidate(key, 0.0, content) for key, content in zip(keys, contents, strict=True)]
     manifests = [None if each is None else each.manifest for each in found]
     if manifests[0] is None:
-        raise ConflictError(
-            f"step {request.manifest.step} of run {request.manifest.run!r} was deleted, replaced or damaged meanwhile "
-            f"({request.manifest}), so there is nothing to repair."
-        )
+        raise _changed(request.manifest)
     return manifests[0], [each for each in manifests if each is not None]
+
+
+def _broken(chunk: Held, condemned: set[str]) -> Iterator[str]:
+    """What a good copy of would help: what is condemned, and each delta that stands on it, as one may be in full."""
+    sound = True
+    for link in chunk.chain:
+        sound = sound and link.key not in condemned
+        if not sound:
+            yield link.digest
 
 
 def _good_copies(
@@ -128,7 +202,10 @@ def _mended(chunk: Held, good: dict[str, Held], condemned: set[str]) -> Held | N
     """The chunk with all that is broken replaced; None if there is no good copy."""
     base = None if chunk.base is None else _mended(chunk.base, good, condemned)
     if chunk.key not in condemned and (chunk.base is None or base is not None):
-        return msgspec.structs.replace(chunk, base=base)
+        mended = msgspec.structs.replace(chunk, base=base)
+        # A good copy of the base may be a delta itself. No reader would take a manifest whose chains are too long.
+        if len(mended.chain) <= MAX_DELTA_DEPTH + 1:
+            return mended
     return good.get(chunk.digest)
 
 
