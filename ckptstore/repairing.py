@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ckptstore import catalog, protocol
-from ckptstore.condemning import marked_corrupt
-from ckptstore.errors import ConflictError
+from ckptstore.errors import ConflictError, CorruptError, FencedError
 from ckptstore.format import ChunkKey, ManifestKey, new_save_id
 from ckptstore.manifest import Manifest, TensorPaths
 from ckptstore.objects.base import ObjectInfo, Objects
@@ -18,6 +17,8 @@ from ckptstore.pipeline import each
 from ckptstore.writer import now_text, this_writer
 
 __all__ = ["RepairReport", "RepairedStep", "repair"]
+
+FENCED_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,15 @@ def repair(objects: Objects, run: str | None = None) -> RepairReport:
     """Repair a store, or one run.
 
     Raises:
+        CorruptError: a list of marks cannot be read, so which copies are good is not known.
+        FencedError: collections took this repair for dead, again and again.
         UnavailableError: the backend failed. What was repaired until then is.
         UnsupportedFormatError: an object was written by a newer ckptstore.
     """
-    corrupt = marked_corrupt(objects)
+    lists = Performer(objects).perform(protocol.read_condemned())
+    if None in lists:
+        raise CorruptError(protocol.UNREADABLE_LIST)
+    corrupt = {key for each in lists if each and each.reason == "corrupt" for key in each.keys}
     report = RepairReport(marked=len(corrupt))
     digests = {key.digest for name in corrupt if (key := ChunkKey.parse(name))}
     steps = [
@@ -89,9 +95,13 @@ def repair(objects: Objects, run: str | None = None) -> RepairReport:
     looked = each(look, steps, threads=objects.request_threads)
     report.unreadable.extend(row for row in looked if isinstance(row, RepairedStep) and run in (None, row.run))
     found = [row for row in looked if isinstance(row, _Found)]
-    for row in found:
-        if row.damaged is not None:
-            _repair_one(objects, row.damaged, row.digests, found, corrupt, report)
+    for number, row in enumerate(found):
+        if row.damaged is None:
+            continue
+        repaired = _repair_one(objects, row.damaged, row.digests, found, corrupt, report)
+        if repaired is not None:
+            # What is found through manifests alone, deltas, the next ones must find through this one.
+            found[number] = _Found(repaired.key, None, row.digests)
     return report
 
 
@@ -102,18 +112,13 @@ def _repair_one(
     others: Sequence[_Found],
     corrupt: set[str],
     report: RepairReport,
-) -> None:
-    request = protocol.RepairRequest(
-        manifest=manifest.key,
-        sources=tuple(other.key for other in others if other.digests & digests and other.key != manifest.key),
-        save=new_save_id(),
-        created=now_text(),
-        writer=this_writer(),
-    )
+) -> Manifest | None:
+    """Repair one checkpoint, and report on it; return the manifest that counts now, if it is another one."""
+    sources = tuple(other.key for other in others if other.digests & digests and other.key != manifest.key)
     try:
-        outcome = Performer(objects).perform(protocol.repair(request))
+        outcome = _perform(objects, manifest.key, sources)
     except ConflictError:
-        return  # it was deleted or saved again meanwhile
+        return None  # it was deleted or saved again meanwhile
     missing = set(outcome.missing)
     broken = [index for index, ref in enumerate(manifest.chunks) if ref.key in corrupt or ref.digest in missing]
     if outcome.manifest is None:
@@ -123,3 +128,17 @@ def _repair_one(
     (report.lost if outcome.manifest is None else report.repaired).append(
         RepairedStep(manifest.run, manifest.step, tuple(named))
     )
+    return outcome.manifest
+
+
+def _perform(objects: Objects, key: ManifestKey, sources: tuple[ManifestKey, ...]) -> protocol.Repaired:
+    for attempt in range(FENCED_TRIES):
+        request = protocol.RepairRequest(
+            manifest=key, sources=sources, save=new_save_id(), created=now_text(), writer=this_writer()
+        )
+        try:
+            return Performer(objects).perform(protocol.repair(request))
+        except FencedError:
+            if attempt == FENCED_TRIES - 1:
+                raise
+    raise AssertionError("unreachable")

@@ -220,6 +220,8 @@ class Store:
 
         Raises:
             NotFoundError: there is no store, or no such run.
+            CorruptError: a list of marks cannot be read, so which copies are good is not known. Nothing was changed.
+            FencedError: collections took the repair for dead three times; what was repaired until then is.
             UnavailableError: the backend failed. What was repaired until then is.
             UnsupportedFormatError: an object was written by a newer ckptstore.
         """
