@@ -14,10 +14,10 @@ from msgspec import Struct, field
 from ckptstore.deltas import Held, find_bases, heads, held_chunks, table
 from ckptstore.errors import ConflictError, UnavailableError
 from ckptstore.format import ManifestKey
-from ckptstore.manifest import Manifest, Session, Writer, format_naming
+from ckptstore.manifest import Manifest, Writer, format_naming
 from ckptstore.protocol.candidates import read_candidate, read_condemned
-from ckptstore.protocol.operations import Close, Get, Open, Operation, Sync, Upload, Uploaded
-from ckptstore.protocol.saves import close_quietly, commit
+from ckptstore.protocol.operations import Get, Operation, Sync, Upload, Uploaded
+from ckptstore.protocol.rewrites import changed, rewrite
 
 PAYS = 0.9
 """What a difference may take of what it replaces."""
@@ -49,25 +49,11 @@ def compact(request: CompactRequest) -> Generator[Operation, Any, Manifest | Non
         CorruptError: a chunk of it is damaged.
         FencedError, UnavailableError: as for a save.
     """
-    key = request.manifest
-    session = Session(
-        save=request.save, run=key.run, step=key.step, writer=request.writer, opened=request.created, beat=0
-    )
-    try:
-        yield Open(session)
-        manifest = yield from _assemble(request)
-        yield from _read(key)  # what was deleted meanwhile must not come back
-    except (Exception, KeyboardInterrupt):
-        yield from close_quietly(request.save)
-        raise
-    if manifest is None:
-        yield Close(request.save)
-        return None
-    yield from commit(manifest, [key])
-    return manifest
+    making = _assemble(request)
+    return (yield from rewrite(request.manifest, request.save, request.created, request.writer, making, "compaction"))
 
 
-def _assemble(request: CompactRequest) -> Generator[Operation, Any, Manifest | None]:
+def _assemble(request: CompactRequest) -> Generator[Operation, Any, tuple[Manifest | None, Manifest | None]]:
     lists = yield from read_condemned()
     if None in lists:
         raise UnavailableError("a list of condemned chunks cannot be read: `ckptstore verify` names it.")
@@ -92,10 +78,10 @@ def _assemble(request: CompactRequest) -> Generator[Operation, Any, Manifest | N
                 fresh[number] = Held(chunk.digest, request.save, chunk.raw, put.stored, base)
                 new_bytes += put.stored
     if fresh == chunks:
-        return None
+        return None, None
     yield Sync(tuple(link.key for chunk in fresh for link in chunk.chain))
     refs = table(fresh)
-    return msgspec.structs.replace(
+    made = msgspec.structs.replace(
         old,
         format=format_naming(ref.key for ref in refs),
         save=request.save,
@@ -104,13 +90,14 @@ def _assemble(request: CompactRequest) -> Generator[Operation, Any, Manifest | N
         stored_bytes=sum(ref.stored for ref in refs),
         new_bytes=new_bytes,
     )
+    return made, made
 
 
 def _read(key: ManifestKey) -> Generator[Operation, Any, Manifest]:
     [content] = yield Get((str(key),))
     found = read_candidate(key, 0.0, content)
     if found is None or found.manifest is None:
-        raise ConflictError(f"{key} was deleted, replaced or damaged meanwhile.")
+        raise changed(key, "compaction")
     return found.manifest
 
 

@@ -11,14 +11,13 @@ import msgspec
 from msgspec import Struct
 
 from ckptstore.deltas import Held, heads, held_chunks, table
-from ckptstore.errors import ConflictError, CorruptError, FencedError, UnavailableError
-from ckptstore.format import CHUNKS, MAX_DELTA_DEPTH, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey, run_prefix
-from ckptstore.manifest import ChunkRef, Manifest, Session, Writer, format_naming
+from ckptstore.errors import CorruptError
+from ckptstore.format import CHUNKS, MAX_DELTA_DEPTH, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey
+from ckptstore.manifest import ChunkRef, Manifest, Writer, format_naming
 from ckptstore.objects.base import ObjectInfo
-from ckptstore.protocol.candidates import Candidate, current, read_candidate, read_candidates, read_condemned
-from ckptstore.protocol.deletes import bury
-from ckptstore.protocol.operations import Check, Get, List, Open, Operation, Sync
-from ckptstore.protocol.saves import close_quietly, commit
+from ckptstore.protocol.candidates import read_candidate, read_condemned
+from ckptstore.protocol.operations import Check, Get, List, Operation, Sync
+from ckptstore.protocol.rewrites import changed, rewrite
 
 UNREADABLE_LIST = (
     "a list of condemned chunks cannot be read, so which copies are good is not known. Nothing was changed. `ckptstore "
@@ -54,88 +53,11 @@ def repair(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
         FencedError: a collector took this repair for dead; nothing was changed.
         UnavailableError: a request failed. If it was the commit's, its outcome is unknown and the session stands.
     """
-    key = request.manifest
-    session = Session(
-        save=request.save, run=key.run, step=key.step, writer=request.writer, opened=request.created, beat=0
-    )
-    try:
-        yield Open(session)
-        outcome = yield from _rewire(request)
-        before = yield from _of_step(key)
-        _require_current(key, before)  # what was deleted or saved again meanwhile must not come back
-    except (Exception, KeyboardInterrupt):
-        yield from close_quietly(request.save)
-        raise
-    if outcome.manifest is None or outcome.manifest.save != request.save:
-        yield from close_quietly(request.save)
-        return outcome
-    yield from _commit(outcome.manifest)
-    yield from _settle(request, outcome.manifest, before)
-    return outcome
+    making = _rewire(request)
+    return (yield from rewrite(request.manifest, request.save, request.created, request.writer, making, "repair"))
 
 
-def _of_step(key: ManifestKey) -> Generator[Operation, Any, list[Candidate]]:
-    rows: list[ObjectInfo] = yield List((f"{run_prefix(key.run)}{key.step:020d}.",))
-    return (yield from read_candidates([(found, row) for row in rows if (found := ManifestKey.parse(row.key))]))
-
-
-def _require_current(key: ManifestKey, candidates: Sequence[Candidate]) -> None:
-    standing = current(candidates)
-    if standing is None or standing.key != key:
-        raise _changed(key)
-
-
-def _changed(key: ManifestKey) -> ConflictError:
-    return ConflictError(
-        f"step {key.step} of run {key.run!r} was deleted, saved again or damaged meanwhile ({key}), so there is "
-        "nothing to repair."
-    )
-
-
-def _commit(manifest: Manifest) -> Generator[Operation, Any, None]:
-    """As for a save; but what to do after a failure is another thing."""
-    what = f"step {manifest.step} of run {manifest.run!r}"
-    try:
-        yield from commit(manifest, [])
-    except FencedError as error:
-        raise FencedError(
-            f"the repair of {what} was taken for dead by a collection, because this process did not show itself in "
-            "time. Nothing was changed. Repair again."
-        ) from error
-    except UnavailableError as error:
-        raise UnavailableError(
-            f"whether {what} was repaired is not known: {error.__cause__ or error} Once the store can be reached "
-            "again, repair again: that is safe either way."
-        ) from error
-
-
-def _settle(request: RepairRequest, manifest: Manifest, before: Sequence[Candidate]) -> Generator[Operation, Any, None]:
-    """Look again after the commit: a delete, or a save of another state, that came just before it is not to be undone.
-
-    Who takes a manifest away here has seen another one of the step, or a delete, that stays: two repairs at once never
-    take away each other's.
-    """
-    try:
-        after = yield from _of_step(request.manifest)
-        known = {request.save, *(found.key.save_id for found in before)}
-        stands = any(found.key == request.manifest and found.manifest for found in after)
-        # Another repair of the same checkpoint holds the same.
-        if stands and all(
-            found.key.save_id in known or found.manifest is None or _same(found.manifest, manifest) for found in after
-        ):
-            yield from bury(request.manifest, request.created)
-            return
-    except UnavailableError:
-        return  # the repaired manifest stands, and what it replaces is not current even so
-    yield from bury(manifest.key, request.created)
-    raise _changed(request.manifest)
-
-
-def _same(one: Manifest, other: Manifest) -> bool:
-    return (one.content, one.metrics, one.metadata) == (other.content, other.metrics, other.metadata)
-
-
-def _rewire(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
+def _rewire(request: RepairRequest) -> Generator[Operation, Any, tuple[Manifest | None, Repaired]]:
     lists = yield from read_condemned()
     if None in lists:
         raise CorruptError(UNREADABLE_LIST)
@@ -144,16 +66,17 @@ def _rewire(request: RepairRequest) -> Generator[Operation, Any, Repaired]:
     held = held_chunks(manifest)[: heads(manifest)]
     broken = {digest for chunk in held for digest in _broken(chunk, condemned)}
     if not broken:
-        return Repaired(manifest)
+        return None, Repaired(manifest)
     lengths = {link.digest: link.raw for chunk in held for link in chunk.chain}
     good = yield from _good_copies(broken, lengths, sources, condemned)
     mended = [_mended(chunk, good, condemned) for chunk in held]
     missing = dict.fromkeys(old.digest for old, new in zip(held, mended, strict=True) if new is None)
     if missing:
-        return Repaired(None, tuple(missing))
+        return None, Repaired(None, tuple(missing))
     chunks = table([chunk for chunk in mended if chunk is not None])
     yield Sync(tuple(chunk.key for chunk in chunks))
-    return Repaired(_manifest(request, manifest, chunks))
+    made = _manifest(request, manifest, chunks)
+    return made, Repaired(made)
 
 
 def _read(request: RepairRequest) -> Generator[Operation, Any, tuple[Manifest, list[Manifest]]]:
@@ -162,7 +85,7 @@ def _read(request: RepairRequest) -> Generator[Operation, Any, tuple[Manifest, l
     found = [read_candidate(key, 0.0, content) for key, content in zip(keys, contents, strict=True)]
     manifests = [None if each is None else each.manifest for each in found]
     if manifests[0] is None:
-        raise _changed(request.manifest)
+        raise changed(request.manifest, "repair")
     return manifests[0], [each for each in manifests if each is not None]
 
 
