@@ -69,7 +69,8 @@ class VerifyReport:
 
     Attributes:
         checkpoints: how many were verified.
-        chunks: how many chunk objects were read, or, if `quick`, looked at.
+        chunks: how many chunk objects were read; if `quick`, how many the checkpoints need, each of which was looked
+            for.
         bytes: how many bytes were read of them.
         quick: whether chunks were read only if a listing showed that something is wrong.
         damaged: all that was found damaged; one row for each tensor of each checkpoint that needs a damaged chunk.
@@ -155,8 +156,9 @@ def verify(
     # Of one run only what it needs is looked at.
     wanted = _wanted_chunks(manifests, {} if run else listed, report)
     if quick:
-        report.chunks = len(wanted)
-        wanted = [each for each in wanted if listed.get(str(each.key)) != each.stored]
+        needed = [each for each in wanted if each.users]  # of any other nothing says how long it should be
+        report.chunks = len(needed)
+        wanted = [each for each in needed if listed.get(str(each.key)) != each.stored]
     report.checkpoints = len(manifests)
     total = sum(each.stored for each in wanted)
     compiled.expect(sum(each.raw_bytes for each in wanted))

@@ -70,6 +70,10 @@ def _rewire(request: RepairRequest) -> Generator[Operation, Any, tuple[Manifest 
     lengths = {link.digest: link.raw for chunk in held for link in chunk.chain}
     good = yield from _good_copies(broken, lengths, sources, condemned)
     mended = [_mended(chunk, good, condemned) for chunk in held]
+    for number, chunk in enumerate(mended):
+        if chunk and chunk.key == held[number].key and chunk.base != held[number].base and not (yield Check(chunk)):
+            # As long as its base was damaged nobody could tell that the delta is, too.
+            mended[number] = good.get(chunk.digest)
     missing = dict.fromkeys(old.digest for old, new in zip(held, mended, strict=True) if new is None)
     if missing:
         return None, Repaired(None, tuple(missing))

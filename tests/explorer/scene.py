@@ -8,17 +8,20 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 from unittest import mock
 
+import msgspec
+
 from ckptstore import protocol
 from ckptstore.deltas import Held
-from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, RUNS, SESSIONS, chunk_key, condemned_key
-from ckptstore.manifest import ChunkRef, Manifest, Writer, decode_condemned, encode
+from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, RUNS, SESSIONS, ManifestKey, chunk_key, condemned_key
+from ckptstore.manifest import ChunkRef, Condemned, Manifest, Segment, Writer, decode_condemned, encode
 from ckptstore.protocol import Create, Get, List, Open, Operation, Put, Upload, collects, saves
 from ckptstore.protocol.roots import read_roots
 from tests.explorer.engine import CHUNK, Content, Explorer, Steps, lost_chunk, manifests
 
 DIGEST = "ab" * 32
 ZERO, A, B = (f"{number:032x}" for number in (0, 10, 11))
-G, H, LAST = (f"{number:032x}" for number in (0x1000, 0x2000, 0x3000))
+R, T = (f"{number:032x}" for number in (20, 21))
+G, H, LAST, MARK = (f"{number:032x}" for number in (0x1000, 0x2000, 0x3000, 0x4000))
 NOW = "2026-01-02T03:04:05.000006Z"
 WRITER = Writer(host="host", pid=1, version="0")
 
@@ -89,6 +92,49 @@ def deleter(name: str) -> Callable[[], Steps]:
 def collector(name: str, *, wait: bool = False) -> Callable[[], Steps]:
     collection = {"G": G, "H": H, "last": LAST}[name]
     return lambda: protocol.collect(protocol.CollectRequest(collection=collection, created=NOW, grace=600.0, wait=wait))
+
+
+def damaged_content() -> Content:
+    """The same, with the chunk marked as corrupt, and a good copy that another run has saved."""
+    copy = ChunkRef(digest=DIGEST, save=B, raw=len(CHUNK), stored=len(CHUNK))
+    [first] = manifests(first_content())
+    other = msgspec.structs.replace(first, run="s", step=2, save=B, chunks=[copy])
+    first = msgspec.structs.replace(first, segments=[Segment(bytes=len(CHUNK), element=1, chunks=[0])])
+    marked = Condemned(collection=MARK, reason="corrupt", created=NOW, keys=[chunk_key(DIGEST, ZERO)])
+    return frozenset(
+        {
+            (str(first.key), encode(first)),
+            (str(other.key), encode(other)),
+            (chunk_key(DIGEST, ZERO), CHUNK),
+            (chunk_key(DIGEST, B), CHUNK),
+            (condemned_key(MARK), encode(marked)),
+        }
+    )
+
+
+def repairer(name: str) -> Callable[[], Steps]:
+    """R and T repair the first checkpoint, both with the good copy that the other run holds."""
+    asked = protocol.RepairRequest(
+        manifest=ManifestKey("r", 1, ZERO),
+        sources=(ManifestKey("s", 2, B),),
+        save={"R": R, "T": T}[name],
+        created=NOW,
+        writer=WRITER,
+    )
+    return lambda: protocol.repair(asked)
+
+
+def lost_step(content: Content) -> str | None:
+    """What must never be where nobody deletes: a step that no manifest stands for any more."""
+    if not any((manifest.run, manifest.step) == ("r", 1) for manifest in manifests(content)):
+        return "LOST: nothing stands for step 1 of run r"
+    return lost_chunk(content)
+
+
+def repair_explorer(names: str) -> Explorer:
+    """Two repairs (R, T) of one checkpoint, and collections (G, H)."""
+    made = [repairer(name) if name in "RT" else collector(name) for name in names]
+    return Explorer(damaged_content(), made, lost_step)
 
 
 def explorer(names: str, without: str | None = None, *, wait: bool = False) -> Explorer:

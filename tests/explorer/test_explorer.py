@@ -3,10 +3,17 @@
 The whole scene has many million states, `make explore` walks it; here are parts of it that take seconds.
 """
 
+from typing import Any
+from unittest import mock
+
 import pytest
 
+from ckptstore.format import ManifestKey
+from ckptstore.manifest import Manifest, decode_manifest
+from ckptstore.protocol import Get, rewrites
+from ckptstore.protocol.deletes import bury
 from tests.explorer import scene
-from tests.explorer.engine import ALIVE, run_alone
+from tests.explorer.engine import ALIVE, Steps, run_alone
 
 PARTS = {
     "ABPQG": "two saves, two deletes, one collection",
@@ -51,3 +58,23 @@ def test_a_collection_takes_nothing_while_a_save_beats() -> None:
     for content in beating:
         after = run_alone(scene.collector("last")(), content, clock=ALIVE)
         assert {key for key, _ in content} <= {key for key, _ in after}
+
+
+@pytest.mark.parametrize("actors", ["RG", "RTG"])
+def test_no_interleaving_of_repairs_and_collections_loses_a_checkpoint(actors: str) -> None:
+    explored = scene.repair_explorer(actors)
+    found = explored.explore(5_000_000)
+    assert found.lost is None
+    assert found.complete
+
+
+def test_a_repair_that_gave_way_to_the_burial_of_what_it_replaces_would_lose_the_checkpoint() -> None:
+    """A collection buries what was replaced, too; so that the old manifest is gone must not be taken for a delete."""
+
+    def gives_way(key: ManifestKey, manifest: Manifest, *_: Any) -> Steps:
+        [content] = yield Get((str(key),))
+        stands = isinstance(decode_manifest(content, key), Manifest)
+        yield from bury(key if stands else manifest.key, manifest.created)
+
+    with mock.patch.object(rewrites, "_settle", gives_way):
+        assert scene.repair_explorer("RG").explore(1_000_000).lost

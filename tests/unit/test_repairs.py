@@ -388,6 +388,20 @@ def test_a_delta_without_a_good_base_and_without_a_copy_is_lost() -> None:
     assert model.perform(repair(request())) == Repaired(None, (A,))
 
 
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_delta_that_turns_out_damaged_on_its_new_base_is_replaced_too(copied: bool) -> None:
+    """Nobody could tell as long as its base was damaged, so it is in no list."""
+    model = Model(on_a_base())
+    model.condemn(key(C, 1))
+    model.bad.add(key(A, 1, is_delta=True))
+    model.copy(C, 2)
+    if copied:
+        model.copy(A, 2)
+        assert rewired(model.perform(repair(request()))) == [(A, 2, None), (B, 1, None)]
+    else:
+        assert model.perform(repair(request())) == Repaired(None, (A,))
+
+
 def test_a_delta_that_is_damaged_itself_gets_a_full_copy_and_its_base_is_dropped() -> None:
     model = Model(on_a_base())
     model.condemn(key(A, 1, is_delta=True))
@@ -489,9 +503,7 @@ def delete_it(model: Model) -> None:
     model.perform(delete("run", 5, NOW))
 
 
-@pytest.mark.parametrize(
-    ("kind", "nth"), [(Open, 1), (List, 1), (Get, 2), (List, 2), (Check, 1), (List, 3), (Create, 1), (Close, 1)]
-)
+@pytest.mark.parametrize(("kind", "nth"), [(Open, 1), (List, 1), (Get, 2), (List, 2), (Check, 1), (List, 3), (Get, 3)])
 def test_a_checkpoint_that_is_deleted_meanwhile_does_not_come_back(kind: type[Operation], nth: int) -> None:
     model = damaged()
     model.copy(A, 2)
@@ -500,6 +512,31 @@ def test_a_checkpoint_that_is_deleted_meanwhile_does_not_come_back(kind: type[Op
     assert "step 5 of run 'run' was deleted, saved again or damaged meanwhile" in str(outcome)
     assert all(isinstance(each, Ended) for each in model.manifests().values())
     assert model.sessions() == []
+
+
+def test_a_checkpoint_that_is_deleted_just_after_the_commit_does_not_come_back() -> None:
+    model = damaged()
+    model.copy(A, 2)
+    meanwhile(model, Close, lambda: delete_it(model))
+    assert all(isinstance(each, Ended) for each in model.manifests().values())
+
+
+def test_a_delete_between_the_last_look_and_the_commit_is_undone() -> None:
+    """It cannot be told from what a collection does, and no checkpoint is to be lost to that."""
+    model = damaged()
+    model.copy(A, 2)
+    assert rewired(meanwhile(model, Create, lambda: delete_it(model))) == [(A, 2, None), (B, 1, None)]
+    assert isinstance(model.manifests()[REPAIR], Manifest)
+
+
+def test_a_collection_that_buries_what_was_replaced_first_does_not_cost_the_checkpoint() -> None:
+    model = damaged()
+    model.copy(A, 2)
+    old = ManifestKey("run", 5, save_id(1))
+    tombstone = encode(Ended(state="deleted", run="run", step=5, save=save_id(1), created=NOW))
+    outcome = meanwhile(model, Close, lambda: model.put(str(old), tombstone))
+    assert rewired(outcome) == [(A, 2, None), (B, 1, None)]
+    assert model.manifests()[REPAIR] == outcome.manifest
 
 
 def another_save(**changes: Any) -> Manifest:
@@ -585,7 +622,7 @@ def test_a_fence_keeps_a_repair_from_committing() -> None:
         str(ManifestKey("run", 5, save_id(REPAIR))),
         encode(Ended(state="fenced", run="run", step=5, save=save_id(REPAIR), created=NOW)),
     )
-    with pytest.raises(FencedError, match=r"^the repair of step 5 of run 'run' was taken for dead .* Repair again\."):
+    with pytest.raises(FencedError, match=r"^the repair of step 5 of run 'run' was taken for dead .* Do it again\."):
         model.perform(repair(request()))
     assert isinstance(model.manifests()[1], Manifest)
     assert model.sessions() == []
@@ -595,7 +632,7 @@ def test_a_commit_whose_outcome_is_not_known_says_so_and_leaves_the_session() ->
     model = damaged()
     model.copy(A, 2)
     model.fail = lambda operation: isinstance(operation, Create)
-    with pytest.raises(UnavailableError, match=r"repaired is not known: no answer\. .* repair again: that is safe"):
+    with pytest.raises(UnavailableError, match=r"was committed is not known: no answer\. .* do it again: that is safe"):
         model.perform(repair(request()))
     assert model.sessions() == [session_key(save_id(REPAIR))]
     assert isinstance(model.manifests()[1], Manifest)
