@@ -93,6 +93,7 @@ def wanted(steps: list[Step], given: dict[str, Any]) -> set[int]:
     return stay
 
 
+@settings(max_examples=max(100, settings().max_examples // 4))
 @given(steps=runs_of(12), given_rules=RULES, ages=st.lists(st.floats(0, 1000), min_size=12, max_size=12))
 def test_just_what_a_rule_asks_for_stays(steps: list[Step], given_rules: dict[str, Any], ages: list[float]) -> None:
     candidates = [
@@ -116,6 +117,7 @@ def test_just_what_a_rule_asks_for_stays(steps: list[Step], given_rules: dict[st
     assert list(reasons) == [each.step for each in steps]
 
 
+@settings(max_examples=max(100, settings().max_examples // 4))
 @given(steps=runs_of(12), given_rules=RULES)
 def test_what_a_prune_leaves_it_leaves_again(steps: list[Step], given_rules: dict[str, Any]) -> None:
     candidates = [Candidate(each.step, NOW, each.metrics, tuple(each.tags), each.damaged) for each in steps]
