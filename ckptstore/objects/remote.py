@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -28,10 +28,15 @@ SINGLE_PUT_BYTES = 2**31
 """Below twice this, s3fs makes a create one request: look-alikes may ignore If-None-Match on multipart uploads."""
 CONFLICT_TRIES = 8
 BODY_TRIES = 5
+DELETE_TRIES = 6
 LOST_RACE = {"PreconditionFailed", "412"}
 CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
 NO_KEY = {"NoSuchKey"}
 """Not a bare 404, which may be of anything on the way: a manifest would pass for deleted, and a store for a new one."""
+NO_BULK_DELETE = {"NotImplemented", "MethodNotAllowed", "501", "405"}
+"""What look-alikes without DeleteObjects say to it."""
+BUSY = {"SlowDown", "InternalError", "ServiceUnavailable", "503", "500"}
+"""Of a single key within a bulk delete: what botocore would try again, were it the answer to a request."""
 REFUSED = {"AccessDenied", "AllAccessDisabled", "403"}
 BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "InvalidSecurity"}
 S3_PERMISSIONS = {"create": "s3:PutObject", "write": "s3:PutObject", "read": "s3:GetObject", "list": "s3:ListBucket",
@@ -279,6 +284,8 @@ class S3Objects(FsspecObjects):
     requests, take a key of the folder's name for one below it, and lose the code that tells why something is absent.
     """
 
+    delete_batch = 1000
+
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         """Read the flat listing, every page of it."""
         with self._explained("list", prefix):
@@ -301,6 +308,49 @@ class S3Objects(FsspecObjects):
                 if (name := row["Prefix"][start + len(prefix) : -1])
                 and (_never_shows_empty_folders(page) or self._holds_key(f"{prefix}{name}/"))
             )
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Send one DeleteObjects; where the server has none, delete one by one."""
+        failed = self._delete_at_once(keys)
+        for attempt in range(DELETE_TRIES - 1):
+            if any(code not in BUSY for code, _ in failed.values()):
+                break
+            if not failed:
+                return
+            time.sleep(random.uniform(0.1, 0.2) * 2**attempt)
+            failed = self._delete_at_once(list(failed))
+        if failed:
+            # One that does not get better by itself, if there is such a one among them.
+            first, (code, message) = min(failed.items(), key=lambda item: item[1][0] in BUSY)
+            with self._explained("delete", first):
+                raise _KeysRefused(
+                    code, f"{len(failed)} of {len(keys)} keys were refused, this one as {code}: {message}"
+                )
+
+    def _delete_at_once(self, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
+        """Ask for all of `keys` in one request; return those that were not deleted, each with S3's code and message."""
+        if not keys:
+            return {}  # S3 refuses a request that names none
+        with self._explained("delete", keys[0]):
+            connection = self._connected()
+            bucket, root, _ = connection.fs.split_path(connection.root)
+            start = f"{root}/" if root else ""
+            wanted = {"Objects": [{"Key": start + key} for key in keys], "Quiet": True}
+            try:
+                answer = connection.fs.call_s3("delete_objects", Bucket=bucket, Delete=wanted)
+            except _foreign_errors() as error:
+                if _code(error) not in NO_BULK_DELETE:
+                    raise
+                super().delete_many(keys)
+                return {}
+            if answer["ResponseMetadata"].get("HTTPHeaders", {}).get("content-length") == "0":
+                # That all were deleted is an answer with a body, too.
+                raise OSError("the answer is not S3's: the server, or something on the way to it, is faulty")
+        return {
+            error["Key"][len(start) :]: (error["Code"], error.get("Message", ""))
+            for error in answer.get("Errors", ())
+            if error["Code"] not in NO_KEY
+        }
 
     def _holds_key(self, prefix: str) -> bool:
         return any(page.get("Contents") for _, page in self._pages(prefix, MaxKeys=1))
@@ -380,6 +430,14 @@ class S3Objects(FsspecObjects):
         if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
             return "The bucket is in another region: give it as storage_options={'client_kwargs': {'region_name': …}}."
         return "Check the network, the endpoint_url and the storage_options, then try again."
+
+
+class _KeysRefused(OSError):
+    """Some keys of a bulk delete, which itself succeeded, were not deleted. Its code is found as botocore's are."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.response = {"Error": {"Code": code}}
 
 
 async def _read_object(fs: Any, bucket: str, key: str) -> bytes:

@@ -255,6 +255,29 @@ class BackendSuite:
         objects.delete("b/key")
         assert objects.list("") == []
 
+    def test_many_keys_are_deleted_at_once(self, objects: Objects) -> None:
+        """As many as one call takes; all of them are gone, and nothing else is."""
+        keys = [f"chunks/{number % 4:02x}/{number:04d}" for number in range(min(objects.delete_batch, 1000))]
+        others = ["chunks/00/0000.other", "chunks/000", "other"]
+        with ThreadPoolExecutor(objects.request_threads) as pool:
+            list(pool.map(lambda key: objects.put(key, b"x"), keys + others))
+        objects.delete_many(keys)
+        assert [row.key for row in objects.list("")] == others
+        assert objects.get(keys[0]) is None
+
+    def test_absent_keys_among_many_are_fine(self, objects: Objects) -> None:
+        """Another collection may have deleted them; those that stand go nevertheless."""
+        objects.put("a/here", b"x")
+        for some in [["a/absent"], ["b/absent", "a/here"][-objects.delete_batch :], ["a/here"]]:
+            objects.delete_many(some)
+        assert objects.list("") == []
+
+    def test_delete_of_no_keys_does_nothing(self, objects: Objects) -> None:
+        """S3 itself refuses a request that names none."""
+        objects.put("key", b"x")
+        objects.delete_many([])
+        assert objects.get("key") == b"x"
+
     @pytest.mark.parametrize("name", ["run", "A-Za-z0-9._+=,-", ".hidden", "-dash", "a=b,c+d", "1.5e-3", "UPPER"])
     def test_characters_of_run_names_survive(self, objects: Objects, name: str) -> None:
         """`+` and `=` are the ones that URLs get wrong."""

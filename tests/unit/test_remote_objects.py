@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import botocore.exceptions  # type: ignore[import-untyped]
@@ -32,6 +33,7 @@ def every_call(objects: Objects) -> list[Callable[[], object]]:
         lambda: objects.create("key", b"x"),
         lambda: objects.put("key", b"x"),
         lambda: objects.delete("key"),
+        lambda: objects.delete_many(["key"]),
     ]
 
 
@@ -222,6 +224,109 @@ def test_a_refusal_names_the_permission_and_the_key() -> None:
     refused = caused(PermissionError("Access Denied"), client_error("AccessDenied", 403))
     with pytest.raises(UnavailableError, match=r"cannot write s3://bucket/prefix/key: Access Denied.*s3:PutObject"):
         Answering(refused).put("key", b"x")
+
+
+class AnsweringDeletes(S3Objects):
+    """Its bulk deletes are answered with what a test gives, one after the other; it counts them and single deletes."""
+
+    def __init__(self, *answers: "BaseException | dict[str, str]") -> None:
+        super().__init__("s3://bucket/prefix")
+        self.answers = list(answers)
+        self.asked: list[list[str]] = []
+        self.single: list[str] = []
+
+    def _connected(self) -> Any:
+        return SimpleNamespace(fs=self, root="bucket/prefix")
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        return "bucket", "prefix", None
+
+    def call_s3(self, method: str, *, Bucket: str, Delete: Any) -> Any:
+        assert (method, Bucket, Delete["Quiet"]) == ("delete_objects", "bucket", True)
+        self.asked.append([each["Key"] for each in Delete["Objects"]])
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        errors = [{"Key": f"prefix/{key}", "Code": code, "Message": "told"} for key, code in answer.items()]
+        return {"ResponseMetadata": {}, **({"Errors": errors} if errors else {})}
+
+    def delete(self, key: str) -> None:
+        self.single.append(key)
+
+
+def test_many_keys_are_deleted_by_one_request(moto_s3: S3Server) -> None:
+    objects = S3Objects(f"s3://{moto_s3.new_bucket()}/prefix", moto_s3.storage_options)
+    objects.put("key", b"x")
+    seen: list[str] = []
+    objects._connected().fs.s3.meta.events.register("before-call.s3", lambda model, **kwargs: seen.append(model.name))
+    objects.delete_many(["key", *(f"absent-{number}" for number in range(999))])
+    objects.delete_many([])
+    assert seen == ["DeleteObjects"]
+    assert objects.delete_batch == 1000
+
+
+def test_a_bulk_delete_comes_with_a_checksum_that_s3_asks_for(moto_s3: S3Server) -> None:
+    objects = S3Objects(f"s3://{moto_s3.new_bucket()}", moto_s3.storage_options)
+    headers: dict[str, Any] = {}
+
+    def remember(request: Any, **kwargs: Any) -> None:
+        headers.update({name.lower(): value for name, value in request.headers.items()})
+
+    objects._connected().fs.s3.meta.events.register("before-send.s3.DeleteObjects", remember)
+    objects.delete_many(["key"])
+    assert any(name == "content-md5" or name.startswith("x-amz-checksum-") for name in headers)
+
+
+def test_keys_that_are_refused_are_counted_and_the_first_is_named() -> None:
+    objects = AnsweringDeletes({"b": "AccessDenied", "d": "AccessDenied"})
+    with pytest.raises(UnavailableError) as caught:
+        objects.delete_many(["a", "b", "c", "d"])
+    assert "cannot delete s3://bucket/prefix/b: 2 of 4 keys were refused" in str(caught.value)
+    assert "AccessDenied: told" in str(caught.value) and "s3:DeleteObject" in str(caught.value)
+    assert len(objects.asked) == 1  # they would be refused again
+
+
+def test_a_key_that_a_look_alike_calls_absent_is_deleted() -> None:
+    objects = AnsweringDeletes({"a": "NoSuchKey"})
+    objects.delete_many(["a", "b"])
+    assert objects.asked == [["prefix/a", "prefix/b"]]
+
+
+def test_only_keys_that_a_busy_server_left_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    objects = AnsweringDeletes({"b": "SlowDown", "c": "InternalError"}, {"c": "SlowDown"}, {})
+    objects.delete_many(["a", "b", "c"])
+    assert objects.asked == [["prefix/a", "prefix/b", "prefix/c"], ["prefix/b", "prefix/c"], ["prefix/c"]]
+
+
+def test_keys_of_a_server_that_stays_busy_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    objects = AnsweringDeletes(*[{"b": "SlowDown"}] * 100)
+    with pytest.raises(UnavailableError, match=r"prefix/b: 1 of 2 keys were refused, this one as SlowDown"):
+        objects.delete_many(["a", "b"])
+    assert len(objects.asked) == remote.DELETE_TRIES
+
+
+@pytest.mark.parametrize("code", ["NotImplemented", "MethodNotAllowed", "501"])
+def test_a_server_without_bulk_deletes_is_asked_for_each_key(code: str) -> None:
+    objects = AnsweringDeletes(caused(OSError(errno.EIO, "told"), client_error(code, 501)))
+    objects.delete_many(["a", "b"])
+    assert objects.single == ["a", "b"]
+
+
+def test_another_refusal_of_a_bulk_delete_is_an_error_and_no_reason_to_delete_one_by_one() -> None:
+    objects = AnsweringDeletes(caused(PermissionError("Access Denied"), client_error("AccessDenied", 403)))
+    with pytest.raises(UnavailableError, match=r"cannot delete s3://bucket/prefix/a: Access Denied.*s3:DeleteObject"):
+        objects.delete_many(["a", "b"])
+    assert objects.single == []
+
+
+def test_an_answer_without_a_body_is_not_taken_for_a_delete(moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = S3Objects("s3://bucket", moto_s3.storage_options)
+    empty = {"ResponseMetadata": {"HTTPStatusCode": 200, "HTTPHeaders": {"content-length": "0"}}}
+    monkeypatch.setattr(objects._connected().fs, "call_s3", lambda *args, **kwargs: empty)
+    with pytest.raises(UnavailableError, match=r"not S3's"):
+        objects.delete_many(["key"])
 
 
 def test_a_secret_in_the_cause_is_not_repeated() -> None:
