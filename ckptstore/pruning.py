@@ -1,8 +1,10 @@
 """A prune: the checkpoints that no rule keeps are deleted. Planned in full first; then just that is done."""
 
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ckptstore import catalog, protocol, tagging
 from ckptstore.checkpoint import Checkpoint
@@ -14,10 +16,15 @@ from ckptstore.objects.base import ObjectInfo, Objects
 from ckptstore.objects.open import store_time
 from ckptstore.performing import Performer
 from ckptstore.pipeline import each
+from ckptstore.protocol.operations import in_batches
+from ckptstore.protocol.roots import short_name
 from ckptstore.retention import Candidate, Rules, choose
 from ckptstore.writer import now_text
 
 __all__ = ["PruneReport", "PrunedStep", "prune"]
+
+STEPS_AT_A_TIME = 64
+"""The manifests of so many are held in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +61,44 @@ class PruneReport:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The manifests of one step: that which counts, and the keys of all, which goes last."""
+    """What is left of the manifests of one step: what the rules ask for, and the keys of all, the current one last."""
 
     run: str
     step: int
-    manifest: Manifest | None
     keys: tuple[ManifestKey, ...]
     modified: float
+    metrics: Mapping[str, Any]
+    damaged: bool
+    chunks: "array[int]"
+    """The numbers of those that it names."""
+
+
+class _Chunks:
+    """The chunks that checkpoints name, numbered: a manifest names thousands, most of which others name as well."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._stored = array("q")
+
+    def numbers(self, manifest: Manifest) -> "array[int]":
+        """Those of a manifest."""
+        found = array("I")
+        for ref in manifest.chunks:
+            name = short_name(ref.digest, ref.save, is_delta=ref.base is not None)
+            number = self._numbers.setdefault(name, len(self._numbers))
+            if number == len(self._stored):
+                self._stored.append(ref.stored)
+            found.append(number)
+        return found
+
+    def bytes_of_only(self, gone: Iterable[_Step], kept: Iterable[_Step]) -> int:
+        """The size of the chunks that some steps name and some others do not."""
+        counts = bytearray(len(self._stored))
+        for mark, steps in ((1, gone), (0, kept)):
+            for step in steps:
+                for number in step.chunks:
+                    counts[number] = mark
+        return sum(size for size, counts_in in zip(self._stored, counts, strict=True) if counts_in)
 
 
 def prune(objects: Objects, runs: Sequence[str], rules: Rules, *, dry_run: bool) -> PruneReport:
@@ -74,23 +112,23 @@ def prune(objects: Objects, runs: Sequence[str], rules: Rules, *, dry_run: bool)
     corrupt = marked_corrupt(objects)
     report = PruneReport(dry_run)
     going: list[_Step] = []
-    kept: dict[str, int] = {}
-    gone: dict[str, int] = {}
+    staying: list[_Step] = []
+    chunks = _Chunks()
     for run in dict.fromkeys(runs):  # each once
-        steps = _steps(objects, run)
+        steps = _steps(objects, run, corrupt, chunks)
         tags = tagging.listed(objects, run)
-        reasons = choose([_candidate(step, tags.get(step.step, ()), corrupt) for step in steps], rules, now)
+        candidates = [
+            Candidate(each.step, each.modified, each.metrics, tags.get(each.step, ()), each.damaged) for each in steps
+        ]
+        reasons = choose(candidates, rules, now)
         for step in steps:
             stays = bool(reasons[step.step])
             row = PrunedStep(run, step.step, tuple(reasons[step.step]))
             (report.kept if stays else report.removed).append(row)
-            going += [] if stays else [step]
-            for ref in step.manifest.chunks if step.manifest else ():
-                (kept if stays else gone)[ref.key] = ref.stored
+            (staying if stays else going).append(step)
     if not dry_run:
         each(lambda step: _bury(objects, step), going, threads=objects.request_threads)
-    freed = sum(size for key, size in gone.items() if key not in kept)
-    return PruneReport(dry_run, report.kept, report.removed, freed)
+    return PruneReport(dry_run, report.kept, report.removed, chunks.bytes_of_only(going, staying))
 
 
 def _now(objects: Objects, *, dry_run: bool) -> float:
@@ -102,34 +140,37 @@ def _now(objects: Objects, *, dry_run: bool) -> float:
         return time.time()  # who may only read can still see what would be done
 
 
-def _steps(objects: Objects, run: str) -> list[_Step]:
-    rows = catalog.list_run(objects, run).by_step
-    found = each(lambda item: _step(objects, run, *item), sorted(rows.items()), threads=objects.request_threads)
-    return [step for step in found if step is not None]
+def _steps(objects: Objects, run: str, corrupt: set[str], chunks: _Chunks) -> list[_Step]:
+    rows = sorted(catalog.list_run(objects, run).by_step.items())
+    found: list[_Step] = []
+    for some in in_batches(rows, STEPS_AT_A_TIME):
+        read = each(lambda item: _read(objects, item[1]), some, threads=objects.request_threads)
+        found += [
+            _step(run, step, candidates, corrupt, chunks)
+            for (step, _), candidates in zip(some, read, strict=True)
+            if candidates
+        ]
+    return found
 
 
-def _step(objects: Objects, run: str, step: int, rows: list[tuple[ManifestKey, ObjectInfo]]) -> _Step | None:
+def _read(objects: Objects, rows: list[tuple[ManifestKey, ObjectInfo]]) -> list[protocol.Candidate]:
     contents = [(key, row.modified, objects.get(row.key)) for key, row in rows]
-    candidates = [found for item in contents if (found := protocol.read_candidate(*item)) is not None]
-    if not candidates:
-        return None
+    return [found for item in contents if (found := protocol.read_candidate(*item)) is not None]
+
+
+def _step(run: str, step: int, candidates: list[protocol.Candidate], corrupt: set[str], chunks: _Chunks) -> _Step:
     standing = protocol.current(candidates)
+    manifest = standing.manifest if standing else None
     candidates.sort(key=lambda found: found is standing)
     return _Step(
         run,
         step,
-        standing.manifest if standing else None,
         tuple(found.key for found in candidates),
         max(found.modified for found in candidates),
+        Checkpoint(manifest).metrics if manifest else {},
+        manifest is None or (bool(corrupt) and any(ref.key in corrupt for ref in manifest.chunks)),
+        chunks.numbers(manifest) if manifest else array("I"),
     )
-
-
-def _candidate(step: _Step, tags: tuple[str, ...], corrupt: set[str]) -> Candidate:
-    manifest = step.manifest
-    if manifest is None:
-        return Candidate(step.step, step.modified, {}, tags, damaged=True)
-    damaged = any(ref.key in corrupt for ref in manifest.chunks)
-    return Candidate(step.step, step.modified, Checkpoint(manifest).metrics, tags, damaged)
 
 
 def _bury(objects: Objects, step: _Step) -> None:

@@ -1,6 +1,8 @@
 """Reads every byte of a store (or of a run) and says which tensor of which checkpoint is damaged. Needs no torch."""
 
 import threading
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,12 +38,13 @@ from ckptstore.manifest import (
     decode_session,
     decode_tag,
 )
-from ckptstore.objects.base import Objects
+from ckptstore.objects.base import ObjectInfo, Objects
 from ckptstore.pipeline import Progress, Stage, each, staged, worker_threads
 from ckptstore.protocol.operations import in_batches
 from ckptstore.skeleton import tensors
 
 DOCUMENTS_AT_A_TIME = 64
+PREFIXES_AT_A_TIME = 16
 _undescribed = threading.Lock()
 
 
@@ -151,15 +154,17 @@ def verify(
     # Not the whole place: a disk's root has folders that nobody may list.
     prefixes = (RUNS, TAGS, SESSIONS, CONDEMNED) if run is None else (run_prefix(run), tag_prefix(run))
     documents = [row.key for prefix in prefixes for row in objects.list(prefix)]
-    manifests, marked = _check_documents(objects, documents, report)
-    listed = _list_chunks(objects, sum(len(manifest.chunks) for manifest in manifests)) if quick or not run else {}
-    # Of one run only what it needs is looked at.
-    wanted = _wanted_chunks(manifests, {} if run else listed, report)
     if quick:
-        needed = [each for each in wanted if each.users]  # of any other nothing says how long it should be
-        report.chunks = len(needed)
-        wanted = [each for each in needed if listed.get(str(each.key)) != each.stored]
-    report.checkpoints = len(manifests)
+        wanted, marked = _suspects(objects, documents, run, report)
+    else:
+        manifests: list[Manifest] = []
+        marked = _check_documents(objects, documents, manifests.append, report)
+        report.checkpoints = len(manifests)
+        full = {ref.key for manifest in manifests for ref in manifest.chunks if ref.base is None}
+        deltas = {ref.key for manifest in manifests for ref in manifest.chunks if ref.base is not None}
+        # Of one run only what it needs is looked at.
+        rows = () if run else _list_chunks(objects, len(full), len(deltas))
+        wanted = _wanted_chunks(manifests, {row.key: row.size for row in rows}, report)
     total = sum(each.stored for each in wanted)
     compiled.expect(sum(each.raw_bytes for each in wanted))
     damaged: list[tuple[_Wanted, str]] = []
@@ -186,9 +191,10 @@ def verify(
     return report
 
 
-def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) -> tuple[list[Manifest], set[str]]:
-    """Read everything that is JSON; return the committed manifests, and the chunk keys that no save takes up."""
-    manifests: list[Manifest] = []
+def _check_documents(
+    objects: Objects, keys: list[str], take: Callable[[Manifest], None], report: VerifyReport
+) -> set[str]:
+    """Read everything that is JSON; `take` the committed manifests, return the chunk keys that no save takes up."""
     condemned: set[str] = set()
     known = [
         key for key in keys if ManifestKey.parse(key) or TagKey.parse(key) or key.startswith((SESSIONS, CONDEMNED))
@@ -198,12 +204,12 @@ def _check_documents(objects: Objects, keys: list[str], report: VerifyReport) ->
         contents = each(objects.get, some, threads=objects.request_threads)
         for key, content in zip(some, contents, strict=True):
             if content is not None:  # else it has ended meanwhile
-                _check_document(key, content, manifests, condemned, report)
-    return manifests, condemned
+                _check_document(key, content, take, condemned, report)
+    return condemned
 
 
 def _check_document(
-    key: str, content: bytes, manifests: list[Manifest], condemned: set[str], report: VerifyReport
+    key: str, content: bytes, take: Callable[[Manifest], None], condemned: set[str], report: VerifyReport
 ) -> None:
     manifest_key = ManifestKey.parse(key)
     try:
@@ -212,7 +218,7 @@ def _check_document(
             if isinstance(value, Manifest):
                 for _ in tensors(value.tree, value.segment_bytes):
                     pass  # each is checked on the way
-                manifests.append(value)
+                take(value)
         elif key.startswith(SESSIONS):
             decode_session(content, key)
         elif key.startswith(TAGS):
@@ -226,11 +232,104 @@ def _check_document(
         report.damaged.append(Damage(run, step, None, key, str(error)))
 
 
-def _list_chunks(objects: Objects, count: int) -> dict[str, int]:
-    """The size of every object in the folders of chunks; of many, with many listings at a time."""
-    prefixes = chunk_prefixes(CHUNKS, count) + chunk_prefixes(DELTAS, count)
-    rows = each(objects.list, prefixes, threads=objects.request_threads)
-    return {row.key: row.size for some in rows for row in some}
+def _list_chunks(objects: Objects, full: int, deltas: int) -> Iterator[ObjectInfo]:
+    """Every object in the folders of chunks, of which there are about so many; some listings at a time."""
+    prefixes = chunk_prefixes(CHUNKS, full) + chunk_prefixes(DELTAS, deltas)
+    for some in in_batches(prefixes, PREFIXES_AT_A_TIME):
+        for rows in each(objects.list, some, threads=objects.request_threads):
+            yield from rows
+
+
+class _Described:
+    """What manifests say of their chunks, and how each is listed, without the manifests: for a quick verify."""
+
+    def __init__(self) -> None:
+        self.manifests: list[tuple[ManifestKey, array[int]]] = []
+        """With the numbers of the chunks that each names."""
+        self.deltas = 0
+        self._numbers: dict[bytes, int] = {}
+        self._stored, self._raw = array("q"), array("q")
+        self._bases: dict[int, str] = {}
+        self._is_good = bytearray()
+        self._doubtful: set[int] = set()
+        """Numbers of those that two manifests describe in two ways."""
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def add(self, manifest: Manifest) -> None:
+        """Keep what a quick look needs of a manifest."""
+        named = array("I")
+        for ref in manifest.chunks:
+            base = None if ref.base is None else manifest.chunks[ref.base].digest
+            number = self._numbers.setdefault(_name(ref.digest, ref.save, is_delta=base is not None), len(self))
+            if number == len(self._stored):
+                self._stored.append(ref.stored)
+                self._raw.append(ref.raw)
+                self._is_good.append(False)
+                if base is not None:
+                    self._bases[number] = base
+                    self.deltas += 1
+            elif (self._stored[number], self._raw[number], self._bases.get(number)) != (ref.stored, ref.raw, base):
+                self._doubtful.add(number)
+            named.append(number)
+        self.manifests.append((manifest.key, named))
+
+    def see(self, row: ObjectInfo, key: ChunkKey) -> bool:
+        """Take up a row of a listing; False if no manifest names it."""
+        number = self._number(key)
+        if number is None:
+            return False
+        self._is_good[number] = self._stored[number] == row.size and number not in self._doubtful
+        return True
+
+    def is_good(self, key: ChunkKey) -> bool:
+        """Whether it was seen, and is as long as all manifests say that name it."""
+        number = self._number(key)
+        return number is not None and bool(self._is_good[number])
+
+    def good(self) -> int:
+        """How many are."""
+        return sum(self._is_good)
+
+    def concerned(self) -> list[str]:
+        """The keys of the manifests that name others."""
+        return [str(key) for key, named in self.manifests if not all(self._is_good[number] for number in named)]
+
+    def _number(self, key: ChunkKey) -> int | None:
+        return self._numbers.get(_name(key.digest, key.save_id, is_delta=key.is_delta))
+
+
+def _name(digest: str, save_id: str, *, is_delta: bool) -> bytes:
+    """A chunk's key in a third of the memory."""
+    return bytes.fromhex(digest + save_id) + (b"d" if is_delta else b"")
+
+
+def _suspects(
+    objects: Objects, documents: list[str], run: str | None, report: VerifyReport
+) -> tuple[list[_Wanted], set[str]]:
+    """The chunks that are not listed as they should be, and the chunk keys that no save takes up.
+
+    Holds no manifest but those that name such a chunk: these are read once more.
+    """
+    described = _Described()
+    marked = _check_documents(objects, documents, described.add, report)
+    report.checkpoints = len(described.manifests)
+    doubtful: dict[str, int] = {}
+    for row in _list_chunks(objects, len(described) - described.deltas, described.deltas):
+        key = ChunkKey.parse(row.key)
+        if key is not None and described.see(row, key):
+            if not described.is_good(key):
+                doubtful[row.key] = row.size
+        elif run is None and key is None:
+            report.unknown.append(row.key)
+        elif run is None:
+            report.chunks += 1
+    manifests: list[Manifest] = []
+    _check_documents(objects, described.concerned(), manifests.append, report)
+    wanted = [each for each in _wanted_chunks(manifests, {}, report) if not described.is_good(each.key)]
+    report.chunks += described.good() + len(wanted)
+    return [each for each in wanted if doubtful.get(str(each.key)) != each.stored], marked
 
 
 def _wanted_chunks(manifests: list[Manifest], sizes: dict[str, int], report: VerifyReport) -> list[_Wanted]:

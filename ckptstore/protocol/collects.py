@@ -134,13 +134,14 @@ def _list_chunks(roots: Roots, older: set[str], found: Collected) -> Generator[O
     for some in in_batches(prefixes, PREFIXES_AT_A_TIME):
         rows: list[ObjectInfo] = yield List(tuple(some))
         for row in rows:
-            if ChunkKey.parse(row.key) is None:
+            key = ChunkKey.parse(row.key)
+            if key is None:
                 found.unknown.append(row.key)
                 continue
             found.chunks += 1
             found.chunk_bytes += row.size
             gone.discard(row.key)
-            if not roots.names(row.key):
+            if not roots.needs(key):
                 (found.condemned if row.key in older else found.unreferenced)[row.key] = row.size
     return gone
 

@@ -41,28 +41,30 @@ class Roots(Struct):
 
     def names(self, key: str) -> bool:
         """Whether a manifest needs this chunk."""
-        return short(key) in self.named
+        parsed = ChunkKey.parse(key)
+        assert parsed is not None, f"{key} was not checked"
+        return self.needs(parsed)
+
+    def needs(self, key: ChunkKey) -> bool:
+        """The same of a key that is parsed."""
+        return short_name(key.digest, key.save_id, is_delta=key.is_delta) in self.named
 
     def add(self, manifest: Manifest) -> None:
         self.checkpoints += 1
-        for ref in manifest.chunks:
-            name = _short(ref.digest, ref.save, is_delta=ref.base is not None)
-            if name not in self.named:
-                self.named.add(name)
-                self.deltas += ref.base is not None
+        self.named.update([short_name(ref.digest, ref.save) for ref in manifest.chunks if ref.base is None])
+        before = len(self.named)
+        self.named.update(
+            [short_name(ref.digest, ref.save, is_delta=True) for ref in manifest.chunks if ref.base is not None]
+        )
+        self.deltas += len(self.named) - before
 
 
-def short(key: str) -> bytes:
+def short_name(digest: str, save_id: str, *, is_delta: bool = False) -> bytes:
     """A chunk's key in a third of the memory. Half of its digest: that two keys of one save share it is as good as
     impossible, and would keep a chunk too many.
     """
-    parsed = ChunkKey.parse(key)
-    assert parsed is not None, f"{key} was not checked"
-    return _short(parsed.digest, parsed.save_id, is_delta=parsed.is_delta)
-
-
-def _short(digest: str, save_id: str, *, is_delta: bool) -> bytes:
-    return bytes.fromhex(digest[:32] + save_id) + (b"d" if is_delta else b"")
+    short = bytes.fromhex(digest[:32] + save_id)
+    return short + b"d" if is_delta else short
 
 
 def read_roots(roots: Roots) -> Generator[Operation, Any, None]:

@@ -16,6 +16,7 @@ from ckptstore.format import ManifestKey
 from ckptstore.manifest import ChunkRef, Manifest, Marker, Segment, TensorPaths, Writer, decode_manifest, encode
 from ckptstore.objects.memory import MemoryObjects
 from ckptstore.skeleton import TensorNode
+from ckptstore.testing import RecordingObjects
 from ckptstore.verifying import Damage, verify
 
 SAVES = [32 * digit for digit in "abc"]
@@ -218,3 +219,111 @@ def test_a_damaged_chunk_that_is_listed_for_no_tensor_is_told_of(objects: Memory
 
 def missing_error() -> MissingChunkError:
     return MissingChunkError("it is not in the store (deleted by hand, by a life-cycle rule, or by a collection)")
+
+
+# ---- what a quick one looks at
+
+
+def stored(objects: MemoryObjects, number: int) -> ChunkRef:
+    """A chunk that is in the store, as it is."""
+    raw = np.full(64, number, np.uint8)
+    content = chunk.encode(raw, 1).tobytes()
+    ref = ChunkRef(digest=chunk.digest(raw), save=SAVES[0], raw=64, stored=len(content))
+    objects.put(ref.key, content)
+    return ref
+
+
+def naming(*refs: ChunkRef, step: int = 1) -> Manifest:
+    """A checkpoint with a tensor in each of these chunks."""
+    tree = {f"t{number}": tensor(number, ref.raw) for number, ref in enumerate(refs)}
+    segments = [Segment(bytes=ref.raw, element=1, chunks=[number]) for number, ref in enumerate(refs)]
+    return manifest(tree, segments, list(refs), step)
+
+
+def quick(objects: MemoryObjects, run: str | None = None) -> tuple[verifying.VerifyReport, list[str]]:
+    """The report, and the keys of the chunks that were read for it."""
+    recording = RecordingObjects(objects)
+    report = verify(recording, run, quick=True)
+    return report, sorted(key for key in recording.keys("get") if key.startswith(("chunks/", "deltas/")))
+
+
+def test_a_quick_one_counts_every_chunk_of_a_sound_store_and_reads_none(
+    objects: MemoryObjects, deltas_always_pay: None
+) -> None:
+    refs = [stored(objects, 1), stored(objects, 2)]
+    put(objects, naming(*refs))
+    put(objects, naming(refs[0], step=2))
+    put(objects, naming(*stored_chain(objects, 2, 64), step=3))
+    stored(objects, 3)  # which no checkpoint names
+    report, read = quick(objects)
+    assert (report.checkpoints, report.chunks, report.bytes) == (3, 5, 0)
+    assert report.ok and not read
+
+
+def test_a_quick_one_of_a_run_counts_only_what_the_run_needs(objects: MemoryObjects) -> None:
+    put(objects, naming(stored(objects, 1)))
+    stored(objects, 2)
+    objects.put("chunks/somebodys-file", b"x")
+    report, _ = quick(objects, "run")
+    assert (report.chunks, report.unknown) == (1, [])
+    assert quick(objects)[0].unknown == ["chunks/somebodys-file"]
+
+
+def test_a_quick_one_finds_a_missing_chunk_in_each_checkpoint_that_needs_it(objects: MemoryObjects) -> None:
+    refs = [stored(objects, number) for number in range(3)]
+    put(objects, naming(*refs, step=1))
+    put(objects, naming(refs[1], step=2))
+    put(objects, naming(refs[2], step=3))
+    objects.delete(refs[1].key)
+    report, read = quick(objects)
+    assert [(each.step, each.path, each.key) for each in report.damaged] == [
+        (1, "t1", refs[1].key),
+        (2, "t0", refs[1].key),
+    ]
+    assert report.chunks == 3
+    assert read == [refs[1].key]
+
+
+def test_a_quick_one_reads_a_chunk_that_is_of_another_length(objects: MemoryObjects) -> None:
+    refs = [stored(objects, number) for number in range(2)]
+    put(objects, naming(*refs))
+    objects.put(refs[0].key, (objects.get(refs[0].key) or b"")[:-1])
+    report, read = quick(objects)
+    assert [(each.path, each.key) for each in report.damaged] == [("t0", refs[0].key)]
+    assert read == [refs[0].key]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_quick_one_is_not_fooled_by_one_of_two_checkpoints_that_lies_about_a_length(
+    objects: MemoryObjects, first: int
+) -> None:
+    ref = stored(objects, 1)
+    lie = ChunkRef(digest=ref.digest, save=ref.save, raw=ref.raw, stored=ref.stored + 1)
+    put(objects, naming(ref, step=first))
+    put(objects, naming(lie, step=3 - first))
+    report, read = quick(objects)
+    assert read == [ref.key]
+    assert report.chunks == 2  # as two are described
+    assert [each.key for each in report.damaged] == [each.key for each in verify(objects).damaged]
+
+
+def test_a_quick_one_holds_no_manifests_of_sound_checkpoints(
+    objects: MemoryObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "DOCUMENTS_AT_A_TIME", 4)
+    shared = missing(1000)
+    for ref in shared:
+        objects.put(ref.key, bytes(ref.stored))
+
+    def peak(checkpoints: int) -> int:
+        for step in range(checkpoints):
+            put(objects, manifest(None, [], shared, step))
+        tracemalloc.start()
+        assert verify(objects, quick=True).ok
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few = peak(6)
+    # A ref takes some 300 bytes, and its number four.
+    assert peak(14) - few < 8 * 1000 * 50
