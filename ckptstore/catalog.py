@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ckptstore.errors import CheckpointWarning, CorruptError, NotFoundError
 from ckptstore.format import MARKER_KEY, RUNS, ManifestKey, run_prefix
-from ckptstore.manifest import Manifest, Marker, decode_marker
+from ckptstore.manifest import Manifest, Marker, checkpoint_digest, decode_marker
 from ckptstore.objects.base import ObjectInfo, Objects
 from ckptstore.protocol import current, may_be_committed, read_candidate
 
@@ -146,6 +146,25 @@ def newest(objects: Objects, run: str) -> Manifest | None:
     if last is not None:
         raise CorruptError(f"no manifest of run {run!r} can be read: {last}") from last
     return None
+
+
+def pick(objects: Objects, run: str, step: int | None) -> Manifest:
+    """The manifest that counts for a step; None is the newest. Raises NotFoundError, CorruptError; never goes back."""
+    if step is not None:
+        return manifest_of(objects, run, step)
+    require_store(objects)
+    return newest_or_raise(objects, run)
+
+
+def require_digest(manifest: Manifest, expect: str | None) -> Manifest:
+    """Return `manifest` if its digest is the expected one, or none is expected. Raises CorruptError."""
+    if expect is not None and (found := checkpoint_digest(manifest)) != expect:
+        raise CorruptError(
+            f"step {manifest.step} of run {manifest.run!r} is not the checkpoint that is expected: its digest is "
+            f"{found}, and not {expect}. Another state was saved in its place, or somebody changed it. Nothing was "
+            "read or changed. Ask whoever gave you the digest."
+        )
+    return manifest
 
 
 def _some_steps(rows: RunRows, but: int | None = None) -> str:

@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from ckptstore.manifest import Manifest
+from ckptstore.manifest import Manifest, checkpoint_digest
 from ckptstore.skeleton import TAG, TensorNode, tensors
 
 __all__ = ["Checkpoint", "TensorInfo"]
@@ -81,6 +81,13 @@ class Checkpoint:
     def metadata(self) -> dict[str, Any]:
         """What `save(metadata=…)` was given."""
         return _values(self._manifest.metadata)
+
+    @cached_property
+    def digest(self) -> str:
+        """What `load` and `restore` take as `expect`: 64 hex digits that stand for the run, the step, the whole state,
+        metrics and metadata. Saves of equal states as the same step have equal ones; a repair keeps it.
+        """
+        return checkpoint_digest(self._manifest)
 
     @property
     def host(self) -> str:

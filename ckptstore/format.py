@@ -107,6 +107,17 @@ def check_step(step: object) -> int:
     return number
 
 
+def check_digest(digest: object) -> str:
+    """Return `digest`, or raise InvalidInputError that says what the digest of a checkpoint looks like."""
+    if not is_digest(digest):
+        raise InvalidInputError(
+            f"{digest!r:.100} cannot be the digest of a checkpoint: it is a str of 64 hex digits in small letters, as "
+            "checkpoint.digest gives it and `ckptstore show` prints it."
+        )
+    assert isinstance(digest, str)
+    return digest
+
+
 def session_key(save_id: str) -> str:
     return f"{SESSIONS}{save_id}.json"
 

@@ -254,6 +254,27 @@ def content_digest(tree: Any, segments: list[Segment], digests: list[str]) -> st
     return blake3.blake3(msgspec.json.encode([tree, segments, digests])).hexdigest()
 
 
+def checkpoint_digest(manifest: Manifest) -> str:
+    """What a reader pins a checkpoint by: its run, its step, and all that a load of it returns.
+
+    Made from the decoded values, whoever encoded them and however, and not from `content`, which nobody checks. Chunks
+    count by the digests of their raw bytes alone, so that a repair, or a save of the same again, changes nothing.
+    docs/reference/api.md says what is covered and what is not; it may never change.
+
+    Raises CorruptError if the tree is not one that a save could have made.
+    """
+    segments = [
+        [segment.bytes, segment.offset, [manifest.chunks[index].digest for index in segment.chunks]]
+        for segment in manifest.segments
+    ]
+    covered = [manifest.run, manifest.step, manifest.tree, manifest.metrics, manifest.metadata, segments]
+    try:
+        text = json.dumps(covered, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        raise CorruptError(f"{manifest.key} holds what no save writes ({error})") from error
+    return blake3.blake3(text.encode("ascii")).hexdigest()
+
+
 def encode(value: Marker | Session | Manifest | Ended | Condemned | Tag) -> bytes:
     """The sealed bytes of any object."""
     return seal(msgspec.json.encode(value), min_bytes=MIN_MANIFEST_BYTES if isinstance(value, Manifest) else 0)

@@ -65,21 +65,25 @@ def restore(
     destination: Any,
     *,
     step: int | None,
+    expect: str | None,
     strict: bool,
     threads: int,
     progress: Progress | None,
 ) -> Restored | None:
     """Restore the newest checkpoint that verifies (or the one of `step`) into `destination`; None if there is none.
 
+    expect: the digest that the newest checkpoint, or that of `step`, has to have; no other one is tried then.
+
     Raises:
         InvalidInputError: the checkpoint does not fit the destination.
-        NotFoundError, CorruptError: `step` is not there, or is damaged; or every checkpoint of the run is damaged.
+        NotFoundError, CorruptError: `step` is not there, or is damaged; or every checkpoint of the run is damaged;
+            or what is expected is not there, or something else is.
     """
     damage: list[CorruptError] = []
     told = 0
     target = _Target()
     with target.telling():
-        for found in _candidates(objects, run, step):
+        for found in _candidates(objects, run, step, expect):
             if isinstance(found, CorruptError):
                 damage.append(found)
                 continue
@@ -158,9 +162,9 @@ _MIXED = (
 )
 
 
-def _candidates(objects: Objects, run: str, step: int | None) -> Iterator[Manifest | CorruptError]:
-    if step is not None:
-        yield catalog.manifest_of(objects, run, step)
+def _candidates(objects: Objects, run: str, step: int | None, expect: str | None) -> Iterator[Manifest | CorruptError]:
+    if step is not None or expect is not None:
+        yield catalog.require_digest(catalog.pick(objects, run, step), expect)
         return
     if catalog.exists(objects):
         yield from catalog.newest_first(objects, run)

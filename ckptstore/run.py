@@ -12,7 +12,7 @@ from ckptstore import usage as usages
 from ckptstore.background import PendingSave
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.errors import InvalidInputError
-from ckptstore.format import MAX_DELTA_DEPTH, Codec, check_step
+from ckptstore.format import MAX_DELTA_DEPTH, Codec, check_digest, check_step
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
 from ckptstore.pipeline import Progress, background_threads, give_way, worker_threads
@@ -177,7 +177,13 @@ class Run:
         )
 
     def restore(
-        self, destination: Any, *, step: int | None = None, strict: bool = True, progress: Progress | None = None
+        self,
+        destination: Any,
+        *,
+        step: int | None = None,
+        strict: bool = True,
+        expect: str | None = None,
+        progress: Progress | None = None,
     ) -> Checkpoint | None:
         """Put the newest checkpoint that verifies into `destination`, in place.
 
@@ -189,6 +195,8 @@ class Run:
             destination: the tree to fill, of the shape that was saved, or a part of it: `{"model": model}`.
             step: restore this step, and raise if it is damaged.
             strict: False leaves out keys of modules that differ, and lists them in the result.
+            expect: the `digest` of the checkpoint that it has to be. Then no other one is ever taken: not an older one
+                if it is damaged, and no first start if it is gone.
             progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
 
         Returns:
@@ -196,20 +204,23 @@ class Run:
 
         Raises:
             InvalidInputError: the checkpoint does not fit the destination: one text lists all that differs. Nothing
-                was changed, unless the text says so.
-            CorruptError: no checkpoint verifies. The text says whether the destination was changed.
-            NotFoundError: there is no checkpoint at `step`.
+                was changed, unless the text says so. Or `expect` is no digest.
+            CorruptError: no checkpoint verifies, or it is not the one that is expected. The text says whether the
+                destination was changed.
+            NotFoundError: there is no checkpoint at `step`; or, with `expect`, none at all.
             UnavailableError: the store cannot be reached or read; never taken for a first start.
         """
         from ckptstore import restoring
 
         number = None if step is None else check_step(step)
+        expected = None if expect is None else check_digest(expect)
         self._wait()
         found = restoring.restore(
             self._objects,
             self.name,
             destination,
             step=number,
+            expect=expected,
             strict=strict,
             threads=self._threads,
             progress=progress,
@@ -224,6 +235,7 @@ class Run:
         *,
         only: str | None = None,
         device: "torch.device | str" = "cpu",
+        expect: str | None = None,
         progress: Progress | None = None,
     ) -> Any:
         """The tree as it was saved, every byte of it verified.
@@ -233,6 +245,7 @@ class Run:
             only: the path of a part of the tree, such as "model" or "optimizer.param_groups[0]"; only that part's
                 bytes are read.
             device: where tensors are put.
+            expect: the `digest` of the checkpoint that it has to be.
             progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
 
         Returns:
@@ -240,15 +253,17 @@ class Run:
 
         Raises:
             NotFoundError: there is no such store, run, step or part.
-            CorruptError: it is damaged; the text names the tensors.
-            InvalidInputError: a type in it was registered when it was saved and is not now.
+            CorruptError: it is damaged; the text names the tensors. Or it is not the one that is expected.
+            InvalidInputError: a type in it was registered when it was saved and is not now. Or `expect` is no digest.
             UnavailableError: the backend failed.
         """
         from ckptstore import restoring
 
+        expected = None if expect is None else check_digest(expect)
         self._wait()
+        manifest = catalog.require_digest(self._manifest(step), expected)
         return restoring.load(
-            self._objects, self._manifest(step), only=only, device=device, threads=self._threads, progress=progress
+            self._objects, manifest, only=only, device=device, threads=self._threads, progress=progress
         )
 
     def export(
@@ -473,10 +488,7 @@ class Run:
         tagging.remove_all(self._objects, self.name, number)
 
     def _manifest(self, step: int | None) -> Manifest:
-        if step is not None:
-            return catalog.manifest_of(self._objects, self.name, check_step(step))
-        catalog.require_store(self._objects)
-        return catalog.newest_or_raise(self._objects, self.name)
+        return catalog.pick(self._objects, self.name, None if step is None else check_step(step))
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, 
 from ckptstore.cli.target import parse_options, resolve
 from ckptstore.cli.values import is_container, pairs, to_json, to_text, type_name
 from ckptstore.errors import CorruptError
-from ckptstore.manifest import Manifest
+from ckptstore.manifest import Manifest, checkpoint_digest
 from ckptstore.objects.base import Objects
 from ckptstore.skeleton import MAX_DEPTH, TAG, TensorNode, children, is_tensor
 
@@ -51,8 +51,8 @@ def show(
 ) -> int:
     """Show what is in a checkpoint. Without @STEP it is the newest of the run.
 
-    That is the tree with types, shapes, bytes and values; the metrics and the metadata; who saved it, and when. No
-    tensor is read: ckptstore verify does that.
+    That is the tree with types, shapes, bytes and values; the metrics and the metadata; who saved it, and when; and
+    the digest, for run.restore(expect=...). No tensor is read: ckptstore verify does that.
     """
     place = resolve(target, parse_options(storage_options))
     run = place.require_run()
@@ -132,6 +132,7 @@ def _document(objects: Objects, manifest: Manifest, root: _Item, depth: int | No
         "run": manifest.run,
         "step": manifest.step,
         "save": manifest.save,
+        "digest": checkpoint_digest(manifest),
         "created": manifest.created,
         "host": to_json(manifest.writer.host),
         "pid": manifest.writer.pid,
@@ -173,6 +174,7 @@ def _print(manifest: Manifest, root: _Item, depth: int | None) -> None:
             ("by", f"process {writer.pid} on {writer.host}, ckptstore {writer.version}"),
             ("in memory", bytes_text(manifest.raw_bytes)),
             ("stored", f"{bytes_text(manifest.stored_bytes)}, {bytes_text(manifest.new_bytes)} of it new"),
+            ("digest", checkpoint_digest(manifest)),
             *((f"metrics.{name}", _shortened(to_text(value))) for name, value in pairs(manifest.metrics)),
             *((f"metadata.{name}", _shortened(to_text(value))) for name, value in pairs(manifest.metadata)),
         ]

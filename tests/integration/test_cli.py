@@ -415,7 +415,7 @@ FIELDS: dict[tuple[str, ...], set[str]] = {
     ("ls", "ckpts"): {"store", "runs", "damaged"},
     ("ls", "ckpts/lstm"): {"store", "run", "checkpoints", "damaged"},
     ("show", "ckpts/lstm"): {
-        *("store", "run", "step", "save", "created", "host", "pid", "version", "metrics", "metadata"),
+        *("store", "run", "step", "save", "digest", "created", "host", "pid", "version", "metrics", "metadata"),
         *("raw_bytes", "stored_bytes", "new_bytes", "tree"),
     },
     ("verify", "ckpts"): {
