@@ -286,6 +286,26 @@ class S3Objects(FsspecObjects):
 
     delete_batch = 1000
 
+    def get(self, key: str) -> bytes | None:
+        """Get the whole object. Whether one that may not be read is there at all, a listing tells.
+
+        Who may not list all of a bucket is refused a key that is not there: by AWS if the right to list does not cover
+        the key, by some look-alikes if it has any condition.
+        """
+        try:
+            return super().get(key)
+        except UnavailableError as error:
+            if _code(error) not in REFUSED:
+                raise
+            # Where it is there, this raises the same again; unless it was made only now, by another job.
+            return super().get(key) if self._may_be_there(key) else None
+
+    def _may_be_there(self, key: str) -> bool:
+        try:
+            return any(row.key == key for row in self.list(key))
+        except UnavailableError:
+            return True
+
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         """Read the flat listing, every page of it."""
         with self._explained("list", prefix):
