@@ -28,8 +28,8 @@ from tests.servers import S3Server, moto_s3, no_aws_settings, seaweed_s3
 __all__ = ["moto_s3", "no_aws_settings", "seaweed_s3"]
 
 SCALE = float(os.environ.get("CKPTSTORE_TORTURE_SCALE", "1"))
-"""Multiplies the number of random schedules: CKPTSTORE_TORTURE_SCALE=20 python -m pytest tests/fault -k schedule"""
-SCHEDULES = max(1, round(200 * SCALE))
+"""Multiplies the number of random schedules: CKPTSTORE_TORTURE_SCALE=50 python -m pytest tests/fault -k schedule"""
+SCHEDULES = max(1, round(40 * SCALE))
 
 NO_RETRIES = {"max_attempts": 0}
 """Of botocore; s3fs tries five times on top of it."""

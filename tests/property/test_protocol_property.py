@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptstore import protocol
@@ -132,11 +132,14 @@ def play(draw: random.Random, steps: int) -> Content:
     return content
 
 
+# Each example is a history of hundreds of steps.
+@settings(max_examples=max(100, settings().max_examples // 4))
 @given(st.randoms(use_true_random=False), st.integers(50, 400))
 def test_no_history_loses_a_chunk_of_a_checkpoint(draw: random.Random, steps: int) -> None:
     play(draw, steps)
 
 
+@settings(max_examples=max(100, settings().max_examples // 4))
 @given(st.randoms(use_true_random=False), st.integers(50, 400))
 def test_after_any_history_one_collection_leaves_just_what_is_needed(draw: random.Random, steps: int) -> None:
     content = play(draw, steps)
