@@ -103,7 +103,8 @@ def compact(
             hanging=_hanging(own[:number]),
         )
         try:
-            made = Performer(objects, _stored_chunks(objects, old), codec, threads).perform(protocol.compact(request))
+            performer = Performer(objects, _stored_chunks(objects, old), codec, threads)
+            made = performer.perform(protocol.compact(request))
         except ConflictError:
             report.passed_over.append(old.step)
         except CorruptError as error:
@@ -112,6 +113,9 @@ def compact(
                 error, f"step {old.step} of run {run!r}: {error}. `ckptstore verify` lists all damage."
             ) from error
         else:
+            if performer.damaged:
+                condemn_corrupt(objects, *performer.damaged)
+                report.passed_over.append(old.step)
             if made is not None:
                 own[number] = made
                 report.compacted.append(old.step)

@@ -37,7 +37,16 @@ def condemn_keys(objects: Objects, keys: Iterable[str]) -> bool:
     return False
 
 
-def marked_corrupt(objects: Objects) -> set[str]:
-    """The chunk keys that were found corrupt or missing; lists that cannot be read count as empty."""
+def marked_corrupt(objects: Objects, *, strict: bool = False) -> set[str]:
+    """The chunk keys that were found corrupt or missing.
+
+    Lists that cannot be read count as empty, or, if `strict`, raise CorruptError.
+    """
     lists = Performer(objects).perform(protocol.read_condemned())
+    if strict and None in lists:
+        raise CorruptError(
+            f"a list of damaged chunks in {objects.url} cannot be read, so which checkpoints are sound is not known. "
+            "Nothing was changed. `ckptstore verify` names the list; delete it when no job saves, and verify again, "
+            "which makes the marks anew."
+        )
     return {key for each in lists if each is not None and each.reason == "corrupt" for key in each.keys}

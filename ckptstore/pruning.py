@@ -106,10 +106,11 @@ def prune(objects: Objects, runs: Sequence[str], rules: Rules, *, dry_run: bool)
 
     Raises:
         InvalidInputError: a rule asks for a metric that no checkpoint of a run has. Nothing was deleted.
+        CorruptError: which chunks are damaged cannot be read. Nothing was deleted.
         UnavailableError: the backend failed; what was deleted until then is, and the rest is not.
     """
     now = _now(objects, dry_run=dry_run) if rules.within is not None else 0.0
-    corrupt = marked_corrupt(objects)
+    corrupt = marked_corrupt(objects, strict=True)
     report = PruneReport(dry_run)
     going: list[_Step] = []
     staying: list[_Step] = []

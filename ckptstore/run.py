@@ -484,8 +484,11 @@ class Run:
         number = check_step(step)
         self._wait()
         catalog.require_store(self._objects)
+        tags = tagging.listed(self._objects, self.name).get(number, ())
         Performer(self._objects).perform(protocol.delete(self.name, number, now_text()))
-        tagging.remove_all(self._objects, self.name, number)
+        if number not in self.steps():  # else it was saved again meanwhile, and tagged, maybe
+            for tag in tags:
+                tagging.remove(self._objects, self.name, number, tag)
 
     def _manifest(self, step: int | None) -> Manifest:
         return catalog.pick(self._objects, self.name, None if step is None else check_step(step))

@@ -151,6 +151,7 @@ class Store:
             InvalidInputError: no rule is given, or one makes no sense, or asks for a metric that no checkpoint of a run
                 has. Nothing was deleted.
             NotFoundError: there is no store, or no such run.
+            CorruptError: a list of damaged chunks cannot be read, so what is sound is not known. Nothing was deleted.
             UnavailableError: the backend failed; what was deleted until then is, and the rest is not.
         """
         from ckptstore import pruning, retention

@@ -7,7 +7,7 @@ from ckptstore.manifest import Tag, encode
 from ckptstore.objects.base import Objects
 from ckptstore.writer import now_text, this_writer
 
-__all__ = ["add", "listed", "remove", "remove_all"]
+__all__ = ["add", "listed", "remove"]
 
 
 def add(objects: Objects, run: str, step: int, tag: str) -> None:
@@ -32,12 +32,6 @@ def add(objects: Objects, run: str, step: int, tag: str) -> None:
 def remove(objects: Objects, run: str, step: int, tag: str) -> None:
     """Take a tag away; that the step does not have it is fine."""
     objects.delete(str(TagKey(run, step, check_tag(tag))))
-
-
-def remove_all(objects: Objects, run: str, step: int) -> None:
-    """Take all tags of a step away."""
-    for tag in listed(objects, run).get(step, ()):
-        remove(objects, run, step, tag)
 
 
 def listed(objects: Objects, run: str) -> dict[int, tuple[str, ...]]:

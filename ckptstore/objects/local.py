@@ -18,10 +18,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
 from ckptstore.errors import UnavailableError
+from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, RUNS, SCRATCH, SESSIONS, TAGS
 from ckptstore.objects.base import Bytes, ObjectInfo, Objects
 
 __all__ = ["LocalObjects"]
 
+FOLDERS = (RUNS, CHUNKS, DELTAS, SESSIONS, CONDEMNED, TAGS, SCRATCH)
 TEMPORARY = ".tmp-"
 """How the names of unfinished files begin."""
 OUR_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")
@@ -162,7 +164,8 @@ class LocalObjects(Objects):
         """Find temporary files of writers that died; one that lives after all cannot give its file a name any more."""
         with self._explained("tidy up", self._root):
             now = self._file_time() if remove else time.time()
-            old = [path for path, modified in self._temporary_files("") if now - modified > older_than]
+            found = [each for folder in ("", *FOLDERS) for each in self._temporary_files(folder)]
+            old = [path for path, modified in found if now - modified > older_than]
             for path in old if remove else ():
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
@@ -306,9 +309,11 @@ class LocalObjects(Objects):
                         yield ObjectInfo(folder + entry.name, status.st_size, status.st_mtime)
 
     def _temporary_files(self, folder: str) -> Iterator[tuple[str, float]]:
-        """Walk all folders: each unfinished file, and when it was last written to."""
+        """Walk a folder, of the root only itself: each unfinished file, and when it was last written to."""
         for entry in self._entries(folder):
             if entry.is_dir(follow_symlinks=False):
+                if not folder:
+                    continue  # others may keep theirs beside ours
                 yield from self._temporary_files(f"{folder}{entry.name}/")
             elif OUR_TEMPORARY.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):

@@ -214,8 +214,11 @@ def _read_sessions(
 
 
 def _beats(row: ObjectInfo, now: float, grace: float) -> bool:
-    """Whether a session was put again not long ago. A wrong answer costs a save, never a chunk."""
-    return now - row.modified <= grace
+    """Whether a session was put again not long ago. A wrong answer costs a save, never a chunk.
+
+    One of the future, which a machine with a wrong clock has left on a disk, must not stand for years.
+    """
+    return abs(now - row.modified) <= grace
 
 
 def _fence(session: Session, created: str) -> Generator[Operation, Any, None]:

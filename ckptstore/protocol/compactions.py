@@ -16,7 +16,7 @@ from ckptstore.errors import ConflictError, UnavailableError
 from ckptstore.format import ManifestKey
 from ckptstore.manifest import Manifest, Writer, format_naming
 from ckptstore.protocol.candidates import read_candidate, read_condemned
-from ckptstore.protocol.operations import Get, Operation, Sync, Upload, Uploaded
+from ckptstore.protocol.operations import Check, Get, Operation, Sync, Upload, Uploaded
 from ckptstore.protocol.rewrites import changed, rewrite
 
 PAYS = 0.9
@@ -66,6 +66,9 @@ def _assemble(request: CompactRequest) -> Generator[Operation, Any, tuple[Manife
     sound = [held for held in held_chunks(newer) if not any(link.key in condemned for link in held.chain)]
     there = {held.digest: held for held in sound}
     fresh = [_moved(chunk, there, request) for chunk in chunks]
+    for number, (chunk, moved) in enumerate(zip(chunks, fresh, strict=True)):
+        if moved != chunk and not (yield Check(moved)):
+            fresh[number] = chunk  # the other copy is rotten, and nobody has noticed yet
     bases = _bases(request, old, newer, chunks, fresh, {held.key for held in sound})
     below = {chunk.digest: int(PAYS * chunk.stored) for chunk in fresh if chunk.digest in bases}
     new_bytes = 0

@@ -130,8 +130,9 @@ def _mended(chunk: Held, good: dict[str, Held], condemned: set[str]) -> Held | N
     base = None if chunk.base is None else _mended(chunk.base, good, condemned)
     if chunk.key not in condemned and (chunk.base is None or base is not None):
         mended = msgspec.structs.replace(chunk, base=base)
-        # A good copy of the base may be a delta itself. No reader would take a manifest whose chains are too long.
-        if len(mended.chain) <= MAX_DELTA_DEPTH + 1:
+        # A good copy of the base may be a delta itself. No reader takes chains that are too long, or go round.
+        goes_round = base is not None and any(link.key == chunk.key for link in base.chain)
+        if len(mended.chain) <= MAX_DELTA_DEPTH + 1 and not goes_round:
             return mended
     return good.get(chunk.digest)
 

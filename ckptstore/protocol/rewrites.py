@@ -12,9 +12,11 @@ that is lost.
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
-from ckptstore.errors import ConflictError, FencedError, UnavailableError
+import msgspec
+
+from ckptstore.errors import ConflictError, CorruptError, FencedError, UnavailableError
 from ckptstore.format import ManifestKey, run_prefix
-from ckptstore.manifest import Manifest, Session, Writer
+from ckptstore.manifest import Manifest, Session, Writer, decode_manifest, encode
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.candidates import Candidate, current, read_candidates
 from ckptstore.protocol.deletes import bury
@@ -59,6 +61,13 @@ def rewrite(
     if manifest is None:
         yield from close_quietly(save)
         return result
+    # With what the old one has replaced, and whatever else lies there: it must not count again, without the old one.
+    manifest = msgspec.structs.replace(manifest, replaces=sorted(found.key.save_id for found in before))
+    try:
+        decode_manifest(encode(manifest), manifest.key)
+    except CorruptError as error:  # the old one is read, and a new one that nobody could read must not take its place
+        yield from close_quietly(save)
+        raise ConflictError(f"no {what} of step {key.step} of run {key.run!r} can be written: {error}") from error
     yield from _commit(manifest, what)
     yield from _settle(key, manifest, before, what)
     return result
@@ -103,7 +112,7 @@ def _commit(manifest: Manifest, what: str) -> Generator[Operation, Any, None]:
 def _settle(
     key: ManifestKey, manifest: Manifest, before: Sequence[Candidate], what: str
 ) -> Generator[Operation, Any, None]:
-    """Look again after the commit; bury the old manifest, or, if the step was saved again just before it, this one."""
+    """Look again after the commit; bury what it replaces, or, if the step was saved again just before it, this one."""
     try:
         after = yield from _of_step(key)
         known = {manifest.save, *(found.key.save_id for found in before)}
@@ -115,7 +124,8 @@ def _settle(
             yield from bury(manifest.key, manifest.created)
             return
         else:
-            yield from bury(key, manifest.created)
+            for found in before:
+                yield from bury(found.key, manifest.created)
             return
     except UnavailableError:
         return  # the new manifest stands, and what it replaces is not current even so

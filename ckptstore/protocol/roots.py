@@ -38,6 +38,8 @@ class Roots(Struct):
     fences: int = 0
     unknown: list[str] = field(default_factory=list)
     """Keys below `runs/` that are none of ours."""
+    was_read: bool = False
+    """Whether this is not the first reading."""
 
     def names(self, key: str) -> bool:
         """Whether a manifest needs this chunk."""
@@ -92,6 +94,7 @@ def read_roots(roots: Roots) -> Generator[Operation, Any, None]:
         given = iter(contents)
         for step in steps:
             _add_step(roots, [(key, row, next(given)) for key, row in step])
+    roots.was_read = True
 
 
 def _by_step(
@@ -116,7 +119,8 @@ def _add_step(roots: Roots, found: list[tuple[ManifestKey, ObjectInfo, bytes | N
         roots.seen.add(row.key)
     replaced = {save_id for manifest in manifests for save_id in manifest.replaces}
     for manifest in manifests:
-        if manifest.save in replaced:
+        # Later on a save may be about to take chunks from it, and it is buried before that only by the first reading.
+        if manifest.save in replaced and not roots.was_read:
             roots.replaced.append(manifest.key)
         else:
             roots.add(manifest)

@@ -20,7 +20,7 @@ from tests.explorer.engine import CHUNK, Content, Explorer, Steps, lost_chunk, m
 
 DIGEST = "ab" * 32
 ZERO, A, B = (f"{number:032x}" for number in (0, 10, 11))
-R, T = (f"{number:032x}" for number in (20, 21))
+C, D, R, T = (f"{number:032x}" for number in (12, 13, 20, 21))
 G, H, LAST, MARK = (f"{number:032x}" for number in (0x1000, 0x2000, 0x3000, 0x4000))
 NOW = "2026-01-02T03:04:05.000006Z"
 WRITER = Writer(host="host", pid=1, version="0")
@@ -38,7 +38,7 @@ GUARDS = {
 """The eight guards of docs/explanation/protocol.md, and what happens without."""
 
 
-def request(save: str, run: str, step: int) -> protocol.SaveRequest:
+def request(save: str, run: str, step: int, digest: str = DIGEST, *, replace: bool = False) -> protocol.SaveRequest:
     return protocol.SaveRequest(
         run=run,
         step=step,
@@ -47,11 +47,12 @@ def request(save: str, run: str, step: int) -> protocol.SaveRequest:
         writer=WRITER,
         metrics={},
         metadata={},
-        content="c" * 64,
+        content=digest,
         tree=None,
         segments=[],
-        chunks={DIGEST: len(CHUNK)},
+        chunks={digest: len(CHUNK)},
         raw_bytes=len(CHUNK),
+        replace=replace,
     )
 
 
@@ -78,8 +79,16 @@ def first_content() -> Content:
 
 
 def saver(name: str, without: str | None = None) -> Callable[[], Steps]:
-    """A finds the chunk through the newest manifest of its run, B, in a run of its own, by listing."""
-    asked = request(A, "r", 2) if name == "A" else request(B, "s", 2)
+    """A finds the chunk through the newest manifest of its run, B, in a run of its own, by listing.
+
+    C saves the step of A again, with another tensor; D the next step of that run, with the tensor of all.
+    """
+    asked = {
+        "A": request(A, "r", 2),
+        "B": request(B, "s", 2),
+        "C": request(C, "r", 2, "cd" * 32, replace=True),
+        "D": request(D, "r", 3),
+    }[name]
     change = _SAVER_MUTANTS.get(without or "")
     return lambda: change(protocol.save(asked)) if change else protocol.save(asked)
 
@@ -138,10 +147,10 @@ def repair_explorer(names: str) -> Explorer:
 
 
 def explorer(names: str, without: str | None = None, *, wait: bool = False) -> Explorer:
-    """The explorer of the actors A, B, P, Q, G, H that `names` holds, with one of the guards taken out."""
+    """The explorer of the actors A, B, C, D, P, Q, G, H that `names` holds, with one of the guards taken out."""
     made: dict[str, Callable[[], Steps]] = {}
     for name in names:
-        if name in "AB":
+        if name in "ABCD":
             made[name] = saver(name, without)
         else:
             made[name] = deleter(name) if name in "PQ" else collector(name, wait=wait)
