@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckptstore import protocol
-from ckptstore.catalog import read_marker
+from ckptstore.catalog import exists, read_marker
 from ckptstore.condemning import marked_corrupt
-from ckptstore.errors import CheckpointError, UnavailableError
+from ckptstore.errors import CheckpointError, CorruptError, UnavailableError
 from ckptstore.format import SCRATCH, new_save_id
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import self_test, store_time
@@ -59,16 +59,18 @@ def examine(objects: Objects, grace: float) -> list[Finding]:
         _versions,
         lambda: _marker(objects),
         lambda: _promises(objects),
-        lambda: _clock(objects),
         lambda: _contents(objects, grace),
         lambda: _marks(objects),
     )
-    return [finding for check in checks for finding in _carried_out(check)]
+    findings = [finding for check in checks for finding in _carried_out(check)]
+    return list(dict.fromkeys(findings))  # what keeps several checks from being carried out is told once
 
 
 def _carried_out(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
+    except CorruptError as error:
+        yield Finding("problem", str(error), "ckptstore verify names all that is damaged, and what to do about it.")
     except CheckpointError as error:
         yield Finding("problem", str(error))
 
@@ -118,6 +120,7 @@ def _promises(objects: Objects) -> Iterator[Finding]:
         )
     if stale := objects.stale_listings():
         yield Finding("note", stale, "Saves are safe. Collect only when no other machine uses the store: gc --alone.")
+    yield from _clock(objects)
 
 
 def _race(objects: Objects) -> int:
@@ -128,18 +131,17 @@ def _race(objects: Objects) -> int:
         start.wait()
         return objects.create(key, bytes([number]) * 1000)
 
-    with ThreadPoolExecutor(RACERS) as pool:
-        won = list(pool.map(create, range(RACERS)))
-    objects.delete(key)
+    try:
+        with ThreadPoolExecutor(RACERS) as pool:
+            won = list(pool.map(create, range(RACERS)))
+    finally:
+        objects.delete(key)
     return won.count(True)
 
 
 def _clock(objects: Objects) -> Iterator[Finding]:
     begun = time.time()
-    try:
-        there = store_time(objects)
-    except UnavailableError:
-        return  # the trial of its promises has told why
+    there = store_time(objects)
     skew = there - (begun + time.time()) / 2
     if abs(skew) <= SKEW_SECONDS:
         yield Finding("ok", "the clock of the place and that of this machine agree")
@@ -154,11 +156,14 @@ def _clock(objects: Objects) -> Iterator[Finding]:
 
 def _contents(objects: Objects, grace: float) -> Iterator[Finding]:
     """What a collection would find; it reads every manifest, and changes nothing."""
-    if read_marker(objects) is None:
+    if not exists(objects, warn=False):
         return
     request = protocol.CollectRequest(collection=new_save_id(), created=now_text(), grace=grace, dry_run=True)
     found = Performer(objects).perform(protocol.collect(request))
-    yield Finding("ok", f"{found.checkpoints:,} checkpoints, whose manifests can all be read; {found.chunks:,} chunks")
+    yield Finding(
+        "ok",
+        f"{_counted(found.checkpoints, 'checkpoint')}, {_counted(found.chunks, 'chunk')}; every manifest can be read",
+    )
     for session in found.waiting:
         writer = session.writer
         yield Finding("ok", f"a save is under way: {session.run}@{session.step}, process {writer.pid} on {writer.host}")
@@ -168,28 +173,35 @@ def _contents(objects: Objects, grace: float) -> Iterator[Finding]:
             "note",
             f"the save of {session.run}@{session.step} by process {writer.pid} on {writer.host}, begun "
             f"{session.opened}, shows no sign of life",
-            "If that job was killed, all is well: the next ckptstore gc tidies it up.",
+            "If that job was killed, all is well: the next ckptstore gc tidies it up. If it still runs, it is stalled "
+            "or cut off from the store; it saves again by itself after a gc.",
         )
     garbage = found.unreferenced | found.condemned
     if garbage:
         yield Finding(
             "note",
-            f"no checkpoint needs {len(garbage):,} chunks ({sum(garbage.values()):,} bytes)",
-            "ckptstore gc deletes them.",
+            f"{_counted(len(garbage), 'chunk')} ({sum(garbage.values()):,} bytes) that no checkpoint needs",
+            "ckptstore gc deletes what is garbage.",
         )
     if found.replaced:
         yield Finding(
-            "note", f"{len(found.replaced):,} manifests were replaced and not deleted", "ckptstore gc does it."
+            "note",
+            f"{_counted(len(found.replaced), 'manifest')} of checkpoints that were saved again",
+            "They do not count any more; ckptstore gc removes them.",
         )
     if found.expired:
-        yield Finding("note", f"{len(found.expired):,} tombstones are older than a week", "ckptstore gc removes them.")
+        yield Finding(
+            "note", f"{_counted(len(found.expired), 'tombstone')} older than a week", "ckptstore gc removes them."
+        )
     if leftovers := objects.leftovers(grace, remove=False):
-        yield Finding("note", f"{len(leftovers):,} unfinished files of writers that died", "ckptstore gc removes them.")
+        what = f"{_counted(len(leftovers), 'unfinished file')} of writers that died"
+        yield Finding("note", what, "ckptstore gc removes them.")
     if found.unreadable:
         yield Finding(
             "problem",
-            f"{found.unreadable} lists of condemned chunks cannot be read, so every save uploads all of its chunks",
-            "ckptstore verify names them. Delete them when no job saves, and verify again, which makes the marks anew.",
+            f"{_counted(found.unreadable, 'list')} of condemned chunks cannot be read, so every save uploads all of "
+            "its chunks, and repair refuses to work",
+            "ckptstore verify names each. Delete them when no job saves, and verify again, which makes the marks anew.",
         )
     for key in found.unknown:
         yield Finding("note", f"{key} is none of the store's objects", "It is left alone.")
@@ -199,6 +211,11 @@ def _marks(objects: Objects) -> Iterator[Finding]:
     if marked := marked_corrupt(objects):
         yield Finding(
             "note",
-            f"{len(marked):,} chunks are marked as damaged",
-            "ckptstore repair makes checkpoints that need them whole, where there are good copies.",
+            f"{_counted(len(marked), 'chunk')} marked as damaged",
+            "ckptstore repair makes checkpoints that need them whole, where there are good copies. Those that none "
+            "needs go with the next ckptstore gc.",
         )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

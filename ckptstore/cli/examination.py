@@ -8,7 +8,7 @@ from ckptstore import Store
 from ckptstore.cli import options
 from ckptstore.cli.printing import counted, print_json, print_line, printable
 from ckptstore.cli.target import parse_options, resolve
-from ckptstore.errors import InvalidInputError, NotFoundError
+from ckptstore.errors import InvalidInputError, NotFoundError, UnavailableError
 from ckptstore.objects.open import open_objects
 
 __all__ = ["add_to"]
@@ -46,9 +46,12 @@ def doctor(
     try:
         place = resolve(target, parsed)
         if place.run is not None:
-            raise InvalidInputError(f"doctor examines a whole store. Leave out {place.run}.")
+            raise InvalidInputError(
+                f"doctor examines a whole store, and {place.run} is taken for a run of {place.objects.url}. Leave it "
+                f"out; or, if it is a folder, give it as ./{place.run}."
+            )
         objects = place.objects
-    except NotFoundError:
+    except (NotFoundError, UnavailableError):
         if not target:
             raise
         objects = open_objects(target, parsed)

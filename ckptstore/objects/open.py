@@ -69,8 +69,10 @@ def store_time(objects: Objects) -> float:
     """
     key = f"{SCRATCH}{uuid.uuid4().hex}"
     objects.put(key, b"what time is it?")
-    times = [row.modified for row in objects.list(key)]
-    objects.delete(key)
+    try:
+        times = [row.modified for row in objects.list(key)]
+    finally:
+        objects.delete(key)
     if not times or times[0] <= 0:
         raise UnavailableError(
             f"{objects.url} tells no last-modified times, so whether a save is alive cannot be seen, and nothing can "
