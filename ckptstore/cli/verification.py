@@ -26,6 +26,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "ckptstore verify ./ckpts",
             "ckptstore verify s3://bucket/ckpts/lstm",
+            "ckptstore verify s3://bucket/ckpts --quick",
             "ckptstore verify ./ckpts --json",
         ),
     )(verify)
@@ -127,7 +128,7 @@ def repair(target: OptionalTarget = None, storage_options: StorageOptions = None
             }
         )
     else:
-        _print_repaired(report)
+        _print_repaired(report, place.run)
     return DAMAGED if report.lost or report.unreadable else 0
 
 
@@ -135,7 +136,7 @@ def _steps(rows: "list[RepairedStep]") -> list[dict[str, object]]:
     return [{"run": row.run, "step": row.step, "paths": list(row.paths)} for row in rows]
 
 
-def _print_repaired(report: "RepairReport") -> None:
+def _print_repaired(report: "RepairReport", run: str | None) -> None:
     for row in report.repaired:
         print_line(printable(f"repaired: {row.run}@{row.step}: {', '.join(row.paths)}"))
     for row in report.lost:
@@ -145,15 +146,18 @@ def _print_repaired(report: "RepairReport") -> None:
     if not report.marked and not report.unreadable:
         print_line("nothing is marked as damaged. ckptstore verify reads every byte and marks what is.")
         return
-    print_line(
-        f"{counted(report.marked, 'chunk')} marked as damaged; {counted(len(report.repaired), 'checkpoint')} repaired, "
-        f"{len(report.lost) + len(report.unreadable)} cannot be"
-    )
+    marked = f"{counted(report.marked, 'chunk')} marked as damaged"
+    lost = len(report.lost) + len(report.unreadable)
+    if not report.repaired and not lost:
+        none = "no checkpoint" if run is None else f"no checkpoint of run {run}"
+        print_line(f"{marked}; {none} needs any of them. ckptstore gc deletes those that no other needs.")
+        return
+    print_line(f"{marked}; {counted(len(report.repaired), 'checkpoint')} repaired, {lost} cannot be repaired")
     if report.lost or report.unreadable:
         print_line()
         print_line("What to do:")
         print_line(
-            "- Save the same state again, if it can be had: that mends its step, and every other one after a repair."
+            "- Save the same state again under any step, if it can be had, and repair again: that is a good copy."
         )
         print_line("- What else a checkpoint holds can still be loaded: run.load(step=…, only=…).")
         print_line("- One that is of no use any more can be deleted: ckptstore rm STORE/RUN@STEP.")
