@@ -535,8 +535,10 @@ def test_a_quick_verify_looks_at_what_one_run_needs_alone(memory: Objects) -> No
     run = fill(memory)
     ckptstore.Store(memory).run("other").save({"x": torch.ones(9)}, step=1)
     cut(memory, key_of(run, 1, "weight"))
-    store = ckptstore.Store(memory)
+    recording = RecordingObjects(memory)
+    store = ckptstore.Store(recording)
     other = store.verify("other", quick=True)
+    assert not any(key.startswith("chunks/") for key in recording.keys("get"))
     assert other.ok
     assert (other.checkpoints, other.chunks) == (1, 1)
     assert [found.run for found in store.verify("run", quick=True).damaged] == ["run"]
