@@ -13,6 +13,9 @@ from ckptstore.manifest import Manifest, Marker, checkpoint_digest, decode_marke
 from ckptstore.objects.base import ObjectInfo, Objects
 from ckptstore.protocol import current, may_be_committed, read_candidate
 
+RELISTINGS = 4
+"""A step is looked at so often while others replace what was seen of it."""
+
 
 def read_marker(objects: Objects) -> Marker | None:
     """The store's marker, or None if there is no store at this place.
@@ -88,11 +91,20 @@ def read_step(
 ) -> tuple[Manifest | None, list[ManifestKey]]:
     """The manifest that counts among those of one step, and the keys of those that cannot be read.
 
-    Reads small objects too: a manifest that was cut off is no fence.
+    Reads small objects too: a manifest that was cut off is no fence. What was listed as a manifest and has become a
+    tombstone since was deleted, or replaced by one that was not listed yet; so then the step is listed again.
     """
-    found = (read_candidate(key, row.modified, objects.get(row.key)) for key, row in rows)
-    candidates = [candidate for candidate in found if candidate is not None]
-    standing = current(candidates)
+    for _ in range(RELISTINGS):
+        contents = [(key, row, objects.get(row.key)) for key, row in rows]
+        read = [(row, read_candidate(key, row.modified, content)) for key, row, content in contents]
+        candidates = [found for _, found in read if found is not None]
+        standing = current(candidates)
+        was_buried = any(found is None and may_be_committed(row) for row, found in read)
+        if standing is not None or not was_buried:
+            break
+        key, _ = rows[0]
+        again = objects.list(f"{run_prefix(key.run)}{key.step:020d}.")
+        rows = [(found, row) for row in again if (found := ManifestKey.parse(row.key))]
     damaged = [candidate.key for candidate in candidates if candidate.manifest is None]
     return (standing.manifest if standing else None), damaged
 

@@ -52,6 +52,10 @@ Time = Annotated[
 T = TypeVar("T")
 
 
+class ForeignManifest(CorruptError):
+    """A sound manifest under a key that is not its own: of another run, where names differ by capitals alone."""
+
+
 class _Head(Struct):
     """What every object of every version has: the version; and the state, of those that have one.
 
@@ -320,7 +324,7 @@ def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
         _require_known(head, FORMAT_VERSION, str(key))
         value = _decode(text, str(key), Ended)
     if value.key != key:
-        raise CorruptError(f"{key} says that it is the manifest {value.key}")
+        raise ForeignManifest(f"{key} says that it is the manifest {value.key}")
     if isinstance(value, Manifest) != (len(content) >= MIN_MANIFEST_BYTES):
         raise CorruptError(f"{key} is {value.state}, which {len(content)} bytes are not the length of")
     if isinstance(value, Manifest):

@@ -69,6 +69,8 @@ class LocalObjects(Objects):
         # How often this object made the root or a folder above it; and that number when their names were last fsynced.
         self._made_above = 0
         self._anchored_above = -1
+        # Keys that this object has created, and not come to make durable; `sync` writes them anew.
+        self._doubtful: set[str] = set()
         # Folders whose own names, up to the root, were fsynced by this object; `create` need not do it again.
         self._anchored: set[str] = set()
 
@@ -87,14 +89,12 @@ class LocalObjects(Objects):
             finally:
                 _unlink_quietly(temporary)
             if ours:
-                try:
-                    self._anchor(folder)
-                    _fsync_folder(folder)
-                except BaseException:
-                    # The name may not survive a power loss, and asking the disk again may hide that. So it goes: an
-                    # object that is there must be one that stays.
-                    _unlink_quietly(path)
-                    raise
+                # Others may have seen it by now, so it is never taken back. Until this is done it is doubtful whether
+                # it survives a power loss, and asking the disk for the same again may hide that it does not.
+                self._doubtful.add(key)
+                self._anchor(folder)
+                _fsync_folder(folder)
+                self._doubtful.discard(key)
         return ours
 
     def put(self, key: str, content: Bytes) -> None:
@@ -180,7 +180,13 @@ class LocalObjects(Objects):
 
     def sync(self, keys: Iterable[str]) -> None:
         """Fsync the folder of each key and every folder above it up to the root, each once; then the root's name."""
-        wanted = {os.path.dirname(self._path(key)) for key in keys}
+        asked = list(keys)
+        doubtful = self._doubtful.intersection(asked)
+        for key in doubtful:
+            content = self.get(key)
+            if content is not None:
+                self.put(key, content)  # the same again, so that the fsync below has something to do
+        wanted = {os.path.dirname(self._path(key)) for key in asked}
         if not wanted:
             return
         folders = {self._root}
@@ -194,6 +200,7 @@ class LocalObjects(Objects):
                 _fsync_folder(folder)
         with self._explained("sync", self._root):
             self._anchor_root()
+        self._doubtful -= doubtful
 
     def _path(self, key: str) -> str:
         """Turn a key into a path; keys are made by our own code, so a bad one is a programming error."""

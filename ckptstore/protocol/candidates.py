@@ -5,9 +5,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from ckptstore.errors import CorruptError
+from ckptstore.errors import ConflictError, CorruptError
 from ckptstore.format import CONDEMNED, MIN_MANIFEST_BYTES, ManifestKey
-from ckptstore.manifest import Condemned, Ended, Manifest, decode_condemned, decode_manifest
+from ckptstore.manifest import Condemned, Ended, ForeignManifest, Manifest, decode_condemned, decode_manifest
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.operations import Get, List, Operation
 
@@ -18,6 +18,8 @@ class Candidate(Struct, frozen=True):
     key: ManifestKey
     modified: float
     manifest: Manifest | None
+    is_foreign: bool = False
+    """Whether it is a sound manifest, and another one's."""
 
 
 def current(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -42,12 +44,25 @@ def read_candidates(found: list[tuple[ManifestKey, ObjectInfo]]) -> Generator[Op
     return [candidate for candidate in candidates if candidate is not None]
 
 
+def refuse_foreign(candidates: Sequence[Candidate]) -> None:
+    """Raise ConflictError rather than let a manifest be overwritten that is another run's."""
+    for found in candidates:
+        if found.is_foreign:
+            raise ConflictError(
+                f"{found.key} holds a sound manifest of another run or step. On a disk that does not tell capitals "
+                "from small letters two runs whose names differ by these alone lie in one folder: choose another name. "
+                "Or it was copied there: move it away. Nothing was changed."
+            )
+
+
 def read_candidate(key: ManifestKey, modified: float, content: bytes | None) -> Candidate | None:
     """What stands at a manifest's key; None for a fence, a tombstone, or nothing."""
     if content is None:
         return None
     try:
         value = decode_manifest(content, key)
+    except ForeignManifest:
+        return Candidate(key, modified, None, is_foreign=True)
     except CorruptError:
         return Candidate(key, modified, None)
     return None if isinstance(value, Ended) else Candidate(key, modified, value)

@@ -7,7 +7,7 @@ from ckptstore.errors import NotFoundError
 from ckptstore.format import ManifestKey, run_prefix
 from ckptstore.manifest import Ended, encode
 from ckptstore.objects.base import ObjectInfo
-from ckptstore.protocol.candidates import current, read_candidates
+from ckptstore.protocol.candidates import current, read_candidates, refuse_foreign
 from ckptstore.protocol.operations import List, Operation, Put, Sync
 
 
@@ -29,6 +29,7 @@ def delete(run: str, step: int, created: str) -> Generator[Operation, Any, None]
 
     Raises:
         NotFoundError: the step holds no checkpoint.
+        ConflictError: another run's manifest lies there.
     """
     rows: list[ObjectInfo] = yield List((run_prefix(run),))
     # Of any size: a manifest that was cut off is to go as well.
@@ -36,5 +37,6 @@ def delete(run: str, step: int, created: str) -> Generator[Operation, Any, None]
     candidates = yield from read_candidates(of_step)
     if not candidates:
         raise NotFoundError(f"run {run!r} has no checkpoint at step {step}, so there is nothing to delete.")
+    refuse_foreign(candidates)
     last = current(candidates)
     yield from bury_all([found.key for found in sorted(candidates, key=lambda found: found is last)], created)

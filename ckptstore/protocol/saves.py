@@ -20,6 +20,7 @@ from ckptstore.protocol.candidates import (
     read_candidate,
     read_candidates,
     read_condemned,
+    refuse_foreign,
 )
 from ckptstore.protocol.deletes import bury
 from ckptstore.protocol.operations import Close, Create, Get, List, Open, Operation, Sync, Upload, Uploaded
@@ -111,6 +112,7 @@ def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"
     if not of_step:
         return found
     candidates = yield from read_candidates(of_step)
+    refuse_foreign(candidates)
     standing = current(candidates)
     if standing is not None and standing.manifest is not None:
         # Only what was found corrupt: a chunk condemned as garbage may have come to be referenced, and is sound then.
