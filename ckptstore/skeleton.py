@@ -178,6 +178,9 @@ class _TensorFields(msgspec.Struct, forbid_unknown_fields=True):
     parameter: bool = False
 
 
+msgspec.json.Decoder(_TensorFields)  # so that msgspec has taken it apart before threads need it: see manifest.py
+
+
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     """The stride, in elements, of a row-major tensor of `shape`."""
     stride = [1] * len(shape)

@@ -1,8 +1,11 @@
 """The JSON objects: they come back as they were, and nothing that was changed, or makes no sense, comes back at all."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -527,3 +530,41 @@ def test_a_condemned_list_that_names_a_delta_says_that_it_is_of_version_2() -> N
     assert decode_condemned(encode(value), condemned_key(SAVE)) == value
     with pytest.raises(CorruptError, match="names a delta and says that its format is 1"):
         decode_condemned(encode(msgspec.structs.replace(value, format=1)), condemned_key(SAVE))
+
+
+# ---- from threads
+
+RACE = """
+import importlib, sys, threading
+from pathlib import Path
+from ckptstore import manifest, skeleton
+from ckptstore.format import ManifestKey
+
+content, run, step, save = Path(sys.argv[1]).read_bytes(), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+sys.setswitchinterval(1e-6)
+for _ in range(40):
+    importlib.reload(skeleton)  # each time with classes that msgspec has not seen
+    importlib.reload(manifest)
+    start = threading.Barrier(16)
+
+    def decode():
+        start.wait(60)
+        found = manifest.decode_manifest(content, ManifestKey(run, step, save))
+        start.wait(60)
+        list(skeleton.tensors(found.tree, found.segment_bytes))
+
+    threads = [threading.Thread(target=decode) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+print("done")
+"""
+
+
+def test_threads_may_be_the_first_to_decode(tmp_path: Path) -> None:
+    # A race within msgspec ends the whole process, hence one of its own.
+    (tmp_path / "manifest").write_bytes(encode(manifest()))
+    command = [sys.executable, "-c", RACE, str(tmp_path / "manifest"), KEY.run, str(KEY.step), KEY.save_id]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
