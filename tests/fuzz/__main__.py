@@ -6,10 +6,15 @@ import json
 import resource
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from tests.fuzz.running import Report
 
 MEMORY_BYTES = 4 * 2**30
 """What the process may take beyond what it has when it begins."""
@@ -47,7 +52,8 @@ def main() -> int:
                 watched = running.replay(given.replay)
                 print(watched.outcome, *watched.escapes, sep="\n")
                 return 1 if watched.escapes else 0
-            report = running.read_all(given.inputs, given.seed, given.saved, given.kind)
+            tell = _say_nothing if given.json else _tell
+            report = running.read_all(given.inputs, given.seed, given.saved, given.kind, tell)
     if given.json:
         print(json.dumps(report.to_json()))
     else:
@@ -67,22 +73,23 @@ def _limited_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def _print(report: "object") -> None:
-    from tests.fuzz.running import Report
+def _tell(kind: str, outcomes: Counter[str]) -> None:
+    counts = "  ".join(f"{name} {count}" for name, count in outcomes.most_common())
+    print(f"{kind:10} {outcomes.total():8} {counts}", flush=True)
 
-    assert isinstance(report, Report)
-    for kind, outcomes in report.outcomes.items():
-        print(
-            f"{kind:10} {outcomes.total():8} " + "  ".join(f"{name} {count}" for name, count in outcomes.most_common())
-        )
+
+def _say_nothing(kind: str, outcomes: Counter[str]) -> None:
+    pass
+
+
+def _print(report: "Report") -> None:
     print(
         f"{report.inputs()} inputs in {report.seconds:.0f} s; the slowest took {report.slowest:.2f} s of CPU, "
         f"the largest {report.largest / 2**20:.1f} MiB"
     )
     for escape in report.escapes:
-        print(
-            f"ESCAPE {escape['kind']} seed {escape['seed']} number {escape['number']}: {'; '.join(escape['escapes'])}"
-        )
+        told = "; ".join(escape["escapes"])
+        print(f"ESCAPE {escape['kind']} seed {escape['seed']} number {escape['number']}: {told}")
     print(f"{len(report.escapes)} escapes")
 
 

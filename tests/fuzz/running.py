@@ -4,6 +4,7 @@ import base64
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -49,8 +50,22 @@ class Report:
         }
 
 
-def read_all(inputs: int, seed: int, saved: Path | None = None, only: str | None = None) -> Report:
-    """Read about so many inputs, which follow from the seed; save those that led to what must not be."""
+def read_all(
+    inputs: int,
+    seed: int,
+    saved: Path | None = None,
+    only: str | None = None,
+    done: Callable[[str, Counter[str]], None] = lambda kind, outcomes: None,
+) -> Report:
+    """Read about so many inputs, which follow from the seed.
+
+    Args:
+        inputs: how many, of all kinds together.
+        seed: what they follow from.
+        saved: where to save those that led to what must not be.
+        only: of this kind alone.
+        done: told the outcomes of each kind when all of it was read.
+    """
     report = Report()
     begun = time.monotonic()
 
@@ -69,6 +84,7 @@ def read_all(inputs: int, seed: int, saved: Path | None = None, only: str | None
                 parts = kind.make(Random(f"{seed}/{name}/{number}"))
                 if parts is not None:
                     take(name, number, parts, kind.read(parts))
+            done(name, report.outcomes[name])
     if only in (None, GENERATED):
         numbers = iter(range(inputs))
         each_generated(
@@ -76,6 +92,7 @@ def read_all(inputs: int, seed: int, saved: Path | None = None, only: str | None
             seed,
             lambda parts: take(GENERATED, next(numbers), parts, read_document(parts)),
         )
+        done(GENERATED, report.outcomes[GENERATED])
     report.seconds = time.monotonic() - begun
     return report
 
