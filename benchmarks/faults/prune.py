@@ -97,9 +97,10 @@ class Held(RecordingObjects):
 
 
 def _ours(place: Path) -> dict[str, Any]:
-    """A save that has found one tensor in an older step is held at the other one, while the older step is deleted.
+    """A save that has found one tensor in an older step is held at the other one.
 
-    Nothing can be cleaned up beyond that: there is no collector yet.
+    Meanwhile the older step is deleted, and the store collected; and again with no grace for saves, by a collector that
+    takes this one for dead.
     """
     store = ckptstore.Store(place)
     shared = state(OLD) | {"moment": state(NEW)["moment"]}
@@ -108,9 +109,13 @@ def _ours(place: Path) -> dict[str, Any]:
     pending = ckptstore.Store(held).run("peers").save_async(state(NEW), step=NEW)
     assert held.came.wait(60)
     store.run("peers").delete(OLD)
+    beside = store.collect()
+    fencing = store.collect(grace=0)
     held.go.set()
     checkpoint = pending.result()
     return {
+        "deleted_beside": beside.deleted,
+        "fenced": len(fencing.fenced),
         "shared": checkpoint.new_bytes < checkpoint.stored_bytes,
         "load": our_load(store),
         "verified": store.verify().ok,
@@ -120,4 +125,6 @@ def _ours(place: Path) -> dict[str, Any]:
 def _our_text(facts: dict[str, Any]) -> str:
     verified = "finds no damage" if facts["verified"] else "finds damage"
     loaded = f"loading the new step gives {facts['load']}"
-    return f"the older step is deleted, no chunk with it; `verify` {verified}, {loaded}"
+    waits = "a collection waits for the save" if not facts["deleted_beside"] else "a collection does not wait"
+    fenced = "one told to take it for dead makes it begin again" if facts["fenced"] else "and it is not fenced"
+    return f"the older step is deleted; {waits}, {fenced}; `verify` {verified}, {loaded}"

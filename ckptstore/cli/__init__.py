@@ -55,7 +55,7 @@ EXAMPLES = (
 EXIT_STATUS = (
     "Exit status:",
     "  0    all is well",
-    "  1    damage was found",
+    "  1    damage was found, or a problem, or something cannot be repaired",
     "  2    the command line or a file makes no sense, or something is in the way;",
     "       nothing was changed",
     "  3    there is no such store, run, step or file",

@@ -180,8 +180,8 @@ def check(place: Place, journals: list[Journal], outcome: Outcome) -> None:
         may_go = pruned.get(run, set()) | set(sorted(steps | there)[:-KEEP_LAST])
         outcome.wrong += [f"{run}@{step} was saved, and is gone" for step in sorted(steps - there - may_go)]
         unsaid = len(steps - there - pruned.get(run, set()))
-        outcome.figures["deleted by a prune that was killed"] = (
-            outcome.figures.get("deleted by a prune that was killed", 0) + unsaid
+        outcome.figures["deleted by a prune that did not come to say so"] = (
+            outcome.figures.get("deleted by a prune that did not come to say so", 0) + unsaid
         )
         for step in sorted(there):
             try:
