@@ -269,6 +269,8 @@ def _look_after_lost_answer(key: ManifestKey, error: UnavailableError) -> Genera
     """What stands where a manifest could not be created, or could, but the answer was lost."""
     try:
         [found] = yield Get((str(key),))
+        if found is not None:
+            yield Sync((str(key),))
     except UnavailableError:
         raise UnavailableError(
             f"whether step {key.step} of run {key.run!r} was saved is not known: {error} Once the store can be "
@@ -279,5 +281,4 @@ def _look_after_lost_answer(key: ManifestKey, error: UnavailableError) -> Genera
             f"step {key.step} of run {key.run!r} was not saved, as far as can be seen now: {error} "
             "Save it again: that is safe either way."
         ) from error
-    yield Sync((str(key),))
     return found  # type: ignore[no-any-return]

@@ -109,7 +109,8 @@ def _stop_some(pids: list[int], draw: random.Random, until: float) -> int:
 
 def _counted(journals: list[Journal]) -> dict[str, int]:
     lines = [line for journal in journals for line in journal.read()]
-    count = Counter(f"{line['doing']}s failed with an error" for line in lines if line["event"] == "failed")
+    failed = [line for line in lines if line["event"] == "failed"]
+    count = Counter(f"{line['doing']}s failed with {line['error'].partition(':')[0]}" for line in failed)
     collections = [line for line in lines if line["event"] == "collected"]
     count["collections"] = len(collections)
     count["chunks collected"] = sum(line["deleted"] for line in collections)

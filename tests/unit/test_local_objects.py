@@ -53,16 +53,26 @@ def leftovers(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file()]
 
 
-def test_a_create_that_cannot_be_made_durable_leaves_nothing(
+def test_a_create_that_cannot_be_made_durable_stays_and_is_written_anew_by_sync(
     objects: LocalObjects, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Others may have seen it by then, so it is not taken back."""
     objects.put("runs/other", b"x")
     with monkeypatch.context() as patch:
         patch.setattr("ckptstore.objects.local._fsync_folder", failing(errno.EIO))
         with pytest.raises(UnavailableError, match="cannot create"):
             objects.create("runs/key", b"content")
-    assert objects.get("runs/key") is None
-    assert objects.create("runs/key", b"again") is True
+    assert objects.get("runs/key") == b"content"
+    assert objects.create("runs/key", b"other") is False
+    first = (root / "runs" / "key").stat().st_ino
+    objects.sync(["runs/other"])
+    assert (root / "runs" / "key").stat().st_ino == first
+    objects.sync(["runs/key"])
+    second = (root / "runs" / "key").stat().st_ino
+    assert second != first
+    assert objects.get("runs/key") == b"content"
+    objects.sync(["runs/key"])
+    assert (root / "runs" / "key").stat().st_ino == second
 
 
 def test_a_file_that_somebody_linked_elsewhere_is_not_taken_for_ours(
