@@ -198,6 +198,7 @@ def read_manifest(value: Manifest) -> None:
         lambda: repr(checkpoint),
         lambda: checkpoint.state,
         lambda: checkpoint.metrics,
+        lambda: checkpoint.digest,
         lambda: checkpoint.metadata,
         checkpoint.tensors,
         lambda: sum(1 for _ in leaves(value.tree)),

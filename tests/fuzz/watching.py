@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from ckptstore import errors
-from ckptstore.format import ChunkKey, ManifestKey
+from ckptstore.format import ChunkKey, ManifestKey, TagKey
 from ckptstore.testing.wrappers import Call
 
 CPU_SECONDS = 2.0
@@ -36,7 +36,7 @@ _FORBIDDEN = re.compile(
 _OF_FILES = ("open", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate")
 _OBJECT = re.compile(r"ckptstore\.json|(sessions|condemned)/[0-9a-f]{32}\.json|scratch/[0-9a-f]{32}")
 _PREFIX = re.compile(
-    r"runs/([A-Za-z0-9_][A-Za-z0-9._+=,-]{0,127}/)?|(chunks|deltas)/([0-9a-f]{2}/([0-9a-f]{64})?)?"
+    r"(runs|tags)/([A-Za-z0-9_][A-Za-z0-9._+=,-]{0,127}/)?|(chunks|deltas)/([0-9a-f]{2}/([0-9a-f]{64})?)?"
     r"|sessions/|condemned/|scratch/[0-9a-f]{31}"
 )
 
@@ -159,7 +159,8 @@ def _is_ours(call: Call, listed: frozenset[str]) -> bool:
     if call.operation in ("list", "children"):
         return _PREFIX.fullmatch(call.key) is not None
     keys = call.key.split() if call.operation == "sync" else [call.key]
-    return all(key in listed or ChunkKey.parse(key) or ManifestKey.parse(key) or _OBJECT.fullmatch(key) for key in keys)
+    parsers = (ChunkKey.parse, ManifestKey.parse, TagKey.parse, _OBJECT.fullmatch)
+    return all(key in listed or any(parse(key) for parse in parsers) for key in keys)
 
 
 def _told(error: BaseException) -> str:
