@@ -200,7 +200,7 @@ def test_while_a_save_is_under_way_nothing_goes_and_the_next_collection_finishes
     assert before <= chunks(objects)
     assert len(objects.list("condemned/")) == 1
     after = collected(objects)
-    assert (after.deleted, after.waiting) == (report.garbage, [])
+    assert (after.garbage, after.deleted, after.waiting) == (report.garbage, report.garbage, [])
     assert objects.list("condemned/") == []
     is_whole(objects, 2, 3)
 

@@ -300,6 +300,15 @@ def test_a_chunk_that_comes_to_be_named_after_it_was_marked_stays_and_so_does_it
     assert (len(found.unreferenced), found.swept, garbage in place.content) == (2, 1, False)
 
 
+def test_a_chunk_that_comes_to_be_named_while_chunks_are_marked_is_not_marked(place: Place) -> None:
+    wanted, again = place.chunk(A, 1), place.chunk(B, 1)
+    listed = place.condemn(1, again)
+    place.happens(lambda operation: isinstance(operation, Clock), lambda: place.checkpoint(2, 6, wanted, again))
+    found = place.collect()
+    assert (found.unreferenced, found.condemned, found.swept) == ({}, {}, 0)
+    assert place.below("condemned/") == [listed]
+
+
 def test_a_checkpoint_deleted_while_a_collection_runs_keeps_its_chunks_until_the_next_one(place: Place) -> None:
     wanted = place.chunk(A, 1)
     place.checkpoint(1, 5, wanted)
