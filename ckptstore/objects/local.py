@@ -15,7 +15,8 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from ckptstore.errors import UnavailableError
 from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, RUNS, SCRATCH, SESSIONS, TAGS
@@ -23,11 +24,14 @@ from ckptstore.objects.base import Bytes, ObjectInfo, Objects
 
 __all__ = ["LocalObjects"]
 
+T = TypeVar("T")
+
 FOLDERS = (RUNS, CHUNKS, DELTAS, SESSIONS, CONDEMNED, TAGS, SCRATCH)
 TEMPORARY = ".tmp-"
 """How the names of unfinished files begin."""
 OUR_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")
 """Such a name in full. Other programs may keep files in a store's folder too, and theirs are not ours to delete."""
+NAMING_TRIES = 3
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 
@@ -83,11 +87,7 @@ class LocalObjects(Objects):
         path = self._path(key)
         folder = os.path.dirname(path)
         with self._explained("create", path):
-            temporary = self._write_temporary(folder, content)
-            try:
-                ours = self._link(temporary, path)
-            finally:
-                _unlink_quietly(temporary)
+            ours = self._named(folder, content, lambda temporary: self._link(temporary, path))
             if ours:
                 # Others may have seen it by now, so it is never taken back. Until this is done it is doubtful whether
                 # it survives a power loss, and asking the disk for the same again may hide that it does not.
@@ -101,12 +101,7 @@ class LocalObjects(Objects):
         """Write a temporary file and rename it; `sync` makes the new name durable."""
         path = self._path(key)
         with self._explained("write", path):
-            temporary = self._write_temporary(os.path.dirname(path), content)
-            try:
-                os.replace(temporary, path)
-            except BaseException:
-                _unlink_quietly(temporary)
-                raise
+            self._named(os.path.dirname(path), content, lambda temporary: os.replace(temporary, path))
 
     def get(self, key: str) -> bytes | None:
         """Read the whole file with one open, one fstat and, as a rule, one read."""
@@ -209,6 +204,21 @@ class LocalObjects(Objects):
             raise ValueError(f"{key!r} is not a key: empty, '.' and '..' components and '{TEMPORARY}…' are refused")
         return f"{self._root}/{key}"
 
+    def _named(self, folder: str, content: Bytes, give_name: Callable[[str], T]) -> T:
+        """Write a temporary file and give it its name; again, if a collection has taken it for a dead writer's."""
+        for _ in range(NAMING_TRIES - 1):
+            with contextlib.suppress(FileNotFoundError):
+                return self._name_once(folder, content, give_name)
+        return self._name_once(folder, content, give_name)
+
+    def _name_once(self, folder: str, content: Bytes, give_name: Callable[[str], T]) -> T:
+        temporary = self._write_temporary(folder, content)
+        try:
+            return give_name(temporary)
+        except BaseException:
+            _unlink_quietly(temporary)
+            raise
+
     def _write_temporary(self, folder: str, content: Bytes) -> str:
         """Write and fsync `content` under a new name in `folder`; nothing is left if that fails."""
         temporary = f"{folder}/{TEMPORARY}{uuid.uuid4().hex}"
@@ -252,7 +262,7 @@ class LocalObjects(Objects):
             self._made_above += 1
 
     def _link(self, temporary: str, path: str) -> bool:
-        """Give `temporary` its name; True if it is ours, False if the name was taken."""
+        """Give `temporary` its name in place of the one it has; True if it is ours, False if the name was taken."""
         try:
             os.link(temporary, path)
         except OSError as error:
@@ -269,6 +279,8 @@ class LocalObjects(Objects):
                     f"another file system (ext4, XFS, Btrfs, ZFS, NFS) or in a bucket."
                 ) from error
             raise
+        finally:
+            _unlink_quietly(temporary)
         return True
 
     def _anchor(self, folder: str) -> None:

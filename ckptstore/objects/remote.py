@@ -330,7 +330,10 @@ class S3Objects(FsspecObjects):
             )
 
     def delete_many(self, keys: Sequence[str]) -> None:
-        """Send one DeleteObjects; where the server has none, delete one by one."""
+        """Send one DeleteObjects; where the server has none, or there is one key, delete one by one."""
+        if len(keys) == 1:
+            self.delete(keys[0])
+            return
         failed = self._delete_at_once(keys)
         for attempt in range(DELETE_TRIES - 1):
             if any(code not in BUSY for code, _ in failed.values()):

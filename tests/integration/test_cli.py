@@ -407,7 +407,7 @@ ROWS: dict[tuple[str, ...], tuple[str, set[str]]] = {
     ),
     ("ls", "ckpts/lstm"): (
         "checkpoints",
-        {"step", "created", "metrics", "raw_bytes", "stored_bytes", "new_bytes"},
+        {"step", "created", "tags", "metrics", "raw_bytes", "stored_bytes", "new_bytes"},
     ),
     ("du", "ckpts"): ("runs", {"run", "checkpoints", "logical_bytes", "stored_bytes", "shared_bytes"}),
 }
@@ -419,7 +419,7 @@ FIELDS: dict[tuple[str, ...], set[str]] = {
         *("raw_bytes", "stored_bytes", "new_bytes", "tree"),
     },
     ("verify", "ckpts"): {
-        *("store", "run", "ok", "checkpoints", "chunks", "bytes", "damaged", "harmless", "unknown", "marked"),
+        *("store", "run", "ok", "quick", "checkpoints", "chunks", "bytes", "damaged", "harmless", "unknown", "marked"),
     },
     ("du", "ckpts"): {"store", "runs", "logical_bytes", "stored_bytes", "unreferenced_bytes"},
     ("export", "ckpts/lstm", "out.pt"): {"store", "run", "step", "file", "file_bytes"},

@@ -635,3 +635,25 @@ def test_the_file_system_is_that_behind_a_link(
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.setattr(local, "_file_system", lambda path: "nfs" if path == str(tmp_path / "real/store") else "ext4")
     assert LocalObjects(tmp_path / "link/store").stale_listings() != ""
+
+
+@pytest.mark.parametrize("method", ["create", "put"])
+def test_a_file_that_a_collection_takes_for_a_dead_writers_is_written_again(
+    objects: LocalObjects, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As when the process was stopped for long just before it gave the file its name."""
+    name = {"create": "link", "put": "replace"}[method]
+    give_name = getattr(os, name)
+    taken = 0
+
+    def stalled(source: str, target: str) -> None:
+        nonlocal taken
+        if not taken:
+            taken = len(objects.leftovers(-1, remove=True))
+        give_name(source, target)
+
+    monkeypatch.setattr(f"ckptstore.objects.local.os.{name}", stalled)
+    getattr(objects, method)("runs/key", b"content")
+    assert taken == 1
+    assert objects.get("runs/key") == b"content"
+    assert objects.leftovers(-1, remove=False) == []
