@@ -326,7 +326,7 @@ def test_an_answer_without_a_body_is_not_taken_for_a_delete(moto_s3: S3Server, m
     empty = {"ResponseMetadata": {"HTTPStatusCode": 200, "HTTPHeaders": {"content-length": "0"}}}
     monkeypatch.setattr(objects._connected().fs, "call_s3", lambda *args, **kwargs: empty)
     with pytest.raises(UnavailableError, match=r"not S3's"):
-        objects.delete_many(["key"])
+        objects.delete_many(["key", "other"])
 
 
 def test_a_secret_in_the_cause_is_not_repeated() -> None:
