@@ -411,8 +411,7 @@ def _check_keys(manifest: Manifest) -> None:
         for index, chunk in enumerate(manifest.chunks):
             if not (is_digest(chunk.digest) and is_save_id(chunk.save)):
                 raise CorruptError(f"{manifest.key}: the digest or the save id of chunk {index} is none")
-    are_full = [chunk.base is None for chunk in manifest.chunks]
-    if len(set(zip(digests, save_ids, are_full, strict=True))) < len(digests):
+    if len(set(zip(digests, save_ids, strict=True))) < len(digests):  # or one is a full chunk, and one a delta
         seen: set[str] = set()
         for index, chunk in enumerate(manifest.chunks):
             if chunk.key in seen:
@@ -423,11 +422,7 @@ def _check_keys(manifest: Manifest) -> None:
 def _are_hex(texts: list[str], length: int) -> bool:
     """Whether each is made of so many hex digits, lower case."""
     joined = "".join(texts)
-    return (
-        set(map(len, texts)) <= {length}
-        and joined.isascii()
-        and not joined.encode().translate(None, b"0123456789abcdef")
-    )
+    return set(map(len, texts)) <= {length} and not joined.encode().translate(None, b"0123456789abcdef")
 
 
 def _check_bases(manifest: Manifest) -> None:

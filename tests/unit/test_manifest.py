@@ -396,6 +396,12 @@ def test_chunks_and_segments_that_do_are_not(changes: dict[str, Any]) -> None:
     assert isinstance(MANIFEST.decode(MANIFEST.changed(**changes)), Manifest)
 
 
+def test_a_full_chunk_and_a_delta_of_one_name_are_two() -> None:
+    first, second = json.loads(msgspec.json.encode(manifest().chunks))
+    content = MANIFEST.changed(format=2, chunks=[first, second, first | {"base": 0}])
+    assert isinstance(MANIFEST.decode(content), Manifest)
+
+
 @pytest.mark.parametrize(
     "key",
     ["", "runs/a", f"chunks/12/{DIGEST}.{SAVE}", f"chunks/11/{DIGEST}.{SAVE}\n", f"../chunks/11/{DIGEST}.{SAVE}", 5],
