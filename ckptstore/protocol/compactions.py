@@ -17,7 +17,7 @@ from ckptstore.format import ManifestKey
 from ckptstore.manifest import Manifest, Writer, format_naming
 from ckptstore.protocol.candidates import read_candidate, read_condemned
 from ckptstore.protocol.operations import Check, Get, Operation, Sync, Upload, Uploaded
-from ckptstore.protocol.rewrites import changed, rewrite
+from ckptstore.protocol.rewrites import changed, in_place_of, rewrite
 
 PAYS = 0.9
 """What a difference may take of what it replaces."""
@@ -88,7 +88,7 @@ def _assemble(request: CompactRequest) -> Generator[Operation, Any, tuple[Manife
         old,
         format=format_naming(ref.key for ref in refs),
         save=request.save,
-        replaces=[old.save],
+        replaces=in_place_of(old),
         chunks=refs,
         stored_bytes=sum(ref.stored for ref in refs),
         new_bytes=new_bytes,

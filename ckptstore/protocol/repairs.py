@@ -17,7 +17,7 @@ from ckptstore.manifest import ChunkRef, Manifest, Writer, format_naming
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.candidates import read_candidate, read_condemned
 from ckptstore.protocol.operations import Check, Get, List, Operation, Sync
-from ckptstore.protocol.rewrites import changed, rewrite
+from ckptstore.protocol.rewrites import changed, in_place_of, rewrite
 
 UNREADABLE_LIST = (
     "a list of condemned chunks cannot be read, so which copies are good is not known. Nothing was changed. `ckptstore "
@@ -142,7 +142,7 @@ def _manifest(request: RepairRequest, manifest: Manifest, chunks: list[ChunkRef]
         manifest,
         format=format_naming(chunk.key for chunk in chunks),
         save=request.save,
-        replaces=[manifest.save],
+        replaces=in_place_of(manifest),
         chunks=chunks,
         stored_bytes=sum(chunk.stored for chunk in chunks),
     )

@@ -12,8 +12,6 @@ that is lost.
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
-import msgspec
-
 from ckptstore.errors import ConflictError, CorruptError, FencedError, UnavailableError
 from ckptstore.format import ManifestKey, run_prefix
 from ckptstore.manifest import Manifest, Session, Writer, decode_manifest, encode
@@ -61,8 +59,6 @@ def rewrite(
     if manifest is None:
         yield from close_quietly(save)
         return result
-    # With what the old one has replaced, and whatever else lies there: it must not count again, without the old one.
-    manifest = msgspec.structs.replace(manifest, replaces=sorted(found.key.save_id for found in before))
     try:
         decode_manifest(encode(manifest), manifest.key)
     except CorruptError as error:  # the old one is read, and a new one that nobody could read must not take its place
@@ -71,6 +67,11 @@ def rewrite(
     yield from _commit(manifest, what)
     yield from _settle(key, manifest, before, what)
     return result
+
+
+def in_place_of(old: Manifest) -> list[str]:
+    """What a rewrite replaces: what the old one has replaced must not count again when the old one is gone."""
+    return [*old.replaces, old.save]
 
 
 def changed(key: ManifestKey, what: str) -> ConflictError:
@@ -125,7 +126,8 @@ def _settle(
             return
         else:
             for found in before:
-                yield from bury(found.key, manifest.created)
+                if found.key.save_id in manifest.replaces:
+                    yield from bury(found.key, manifest.created)
             return
     except UnavailableError:
         return  # the new manifest stands, and what it replaces is not current even so
