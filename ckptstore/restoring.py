@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from ckptstore import catalog
 from ckptstore.assembly import Assembly
 from ckptstore.condemning import condemn_corrupt
-from ckptstore.errors import CheckpointError, CheckpointWarning, CorruptError, InvalidInputError, retold
+from ckptstore.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    CorruptError,
+    InvalidInputError,
+    MissingChunkError,
+    retold,
+)
 from ckptstore.manifest import Manifest
 from ckptstore.matching import match
 from ckptstore.objects.base import Objects
@@ -50,6 +57,8 @@ def load(
     try:
         assembly.fill(objects, threads, _counted(assembly, progress))
     except CorruptError as error:
+        if (rewritten := _rewritten(objects, manifest, error)) is not None:
+            return load(objects, rewritten, only=only, device=device, threads=threads, progress=progress)
         condemn_corrupt(objects, error)
         raise retold(
             error,
@@ -83,7 +92,10 @@ def restore(
     told = 0
     target = _Target()
     with target.telling():
-        for found in _candidates(objects, run, step, expect):
+        candidates = _candidates(objects, run, step, expect)
+        again: Manifest | None = None
+        while (found := again or next(candidates, None)) is not None:
+            again = None
             if isinstance(found, CorruptError):
                 damage.append(found)
                 continue
@@ -96,8 +108,10 @@ def restore(
                 target.begin(placement)
                 placement.assembly.fill(objects, threads, _counted(placement.assembly, progress))
             except CorruptError as error:
-                condemn_corrupt(objects, error)
-                damage.append(error)
+                again = _rewritten(objects, found, error)
+                if again is None:
+                    condemn_corrupt(objects, error)
+                    damage.append(error)
                 continue
             target.is_touched = True
             placement.put_in_place(strict=strict)
@@ -110,6 +124,21 @@ def restore(
                 f"{'' if target.was_written else ' The destination was not changed.'}",
             ) from damage[-1]
     return None
+
+
+def _rewritten(objects: Objects, manifest: Manifest, error: CorruptError) -> Manifest | None:
+    """The same checkpoint in another form, if a compaction or a repair has put it in that while it was read.
+
+    A collection may then have taken the chunks of the old one.
+    """
+    if not isinstance(error, MissingChunkError):
+        return None
+    try:
+        standing = catalog.manifest_of(objects, manifest.run, manifest.step)
+    except CheckpointError:
+        return None  # that the chunk is missing tells more
+    same = standing.content == manifest.content and standing.save != manifest.save
+    return standing if same else None
 
 
 class _Target:

@@ -189,3 +189,34 @@ def test_the_command_line_compacts_a_run(tmp_path: Any, capsys: pytest.CaptureFi
     assert '"compacted": []' in capsys.readouterr().out
     assert main(["compact", str(store)]) == 2
     assert main(["compact", f"{store}/run@1"]) == 2
+
+
+@pytest.mark.parametrize("how", ["load", "restore"])
+def test_a_checkpoint_that_is_compacted_and_collected_while_it_is_read_is_read_all_the_same(how: str) -> None:
+    place = open_objects(f"memory://{uuid.uuid4().hex}")
+    saved = trained(place, 4)
+
+    class Beneath(FailingObjects):
+        """The first get of a chunk comes after a compaction and a collection."""
+
+        done = False
+
+        def get(self, key: str) -> bytes | None:
+            if key.startswith("chunks/") and not self.done:
+                self.done = True
+                ckptstore.Store(place).run("run").compact(keep_fast=1)
+                assert ckptstore.Store(place).collect().deleted > 0
+            return super().get(key)
+
+    run = ckptstore.Store(Beneath(place, fail_at=10**9)).run("run")
+    if how == "load":
+        assert_same(run.load(1), saved[1])
+    else:
+        destination = {
+            "weights": torch.zeros(FLOATS),
+            "frozen": torch.zeros(FLOATS),
+            "bias": torch.zeros(50, dtype=torch.int64),
+        }
+        run.restore(destination, step=1)
+        assert torch.equal(destination["weights"], saved[1]["weights"])
+    assert place.list("condemned/") == []
