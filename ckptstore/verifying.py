@@ -323,8 +323,6 @@ def _suspects(
                 doubtful[row.key] = row.size
         elif run is None and key is None:
             report.unknown.append(row.key)
-        elif run is None:
-            report.chunks += 1
     manifests: list[Manifest] = []
     _check_documents(objects, described.concerned(), manifests.append, report)
     wanted = [each for each in _wanted_chunks(manifests, {}, report) if not described.is_good(each.key)]

@@ -315,7 +315,7 @@ def test_a_lost_marker_is_one_problem_and_keeps_nothing_else_from_being_looked_a
 def test_unfinished_files_of_dead_writers_are_counted_and_stay(tmp_path: Path) -> None:
     place = LocalObjects(tmp_path)
     fill(place)
-    unfinished = tmp_path / "chunks" / ".tmp-of-a-dead-writer"
+    unfinished = tmp_path / "chunks" / f".tmp-{'a' * 32}"
     unfinished.write_bytes(b"half")
     os.utime(unfinished, (0, 0))
     found = only(told(place, "note"))
