@@ -41,9 +41,11 @@ class CorruptError(CheckpointError):
 
     Attributes:
         key: the key of the damaged object, where it is a chunk; else None.
+        is_foreign: whether it is a sound manifest, but that of another run or step.
     """
 
     key: str | None = None
+    is_foreign: bool = False
 
 
 class MissingChunkError(CorruptError):

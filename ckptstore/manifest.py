@@ -52,10 +52,6 @@ Time = Annotated[
 T = TypeVar("T")
 
 
-class ForeignManifest(CorruptError):
-    """A sound manifest under a key that is not its own: of another run, where names differ by capitals alone."""
-
-
 class _Head(Struct):
     """What every object of every version has: the version; and the state, of those that have one.
 
@@ -332,7 +328,9 @@ def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
         _require_known(head, FORMAT_VERSION, str(key))
         value = _decode(text, str(key), Ended)
     if value.key != key:
-        raise ForeignManifest(f"{key} says that it is the manifest {value.key}")
+        error = CorruptError(f"{key} says that it is the manifest {value.key}")
+        error.is_foreign = True
+        raise error
     if isinstance(value, Manifest) != (len(content) >= MIN_MANIFEST_BYTES):
         raise CorruptError(f"{key} is {value.state}, which {len(content)} bytes are not the length of")
     if isinstance(value, Manifest):

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from ckptstore.errors import ConflictError, CorruptError
 from ckptstore.format import CONDEMNED, MIN_MANIFEST_BYTES, ManifestKey
-from ckptstore.manifest import Condemned, Ended, ForeignManifest, Manifest, decode_condemned, decode_manifest
+from ckptstore.manifest import Condemned, Ended, Manifest, decode_condemned, decode_manifest
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.operations import Get, List, Operation
 
@@ -61,10 +61,8 @@ def read_candidate(key: ManifestKey, modified: float, content: bytes | None) -> 
         return None
     try:
         value = decode_manifest(content, key)
-    except ForeignManifest:
-        return Candidate(key, modified, None, is_foreign=True)
-    except CorruptError:
-        return Candidate(key, modified, None)
+    except CorruptError as error:
+        return Candidate(key, modified, None, is_foreign=error.is_foreign)
     return None if isinstance(value, Ended) else Candidate(key, modified, value)
 
 

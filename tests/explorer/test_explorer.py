@@ -20,7 +20,6 @@ PARTS = {
     "APGH": "one save, one delete, two collections",
     "BPGH": "one save of another run, one delete, two collections",
     "ABGH": "two saves, two collections",
-    "ACDPG": "a step saved, and saved again, the next step, one delete, one collection",
 }
 
 

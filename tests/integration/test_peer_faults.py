@@ -248,4 +248,10 @@ def test_a_backup_of_restic_that_was_pruned_beneath_is_damaged(see: See) -> None
 @NEEDS_RESTIC
 def test_our_save_keeps_the_chunks_that_it_shares_with_a_step_deleted_meanwhile(see: See) -> None:
     facts = see("prune")["prune"]["our_facts"]
-    assert facts == {"shared": True, "load": "the new state", "verified": True}
+    assert facts == {
+        "deleted_beside": 0,
+        "fenced": 1,
+        "shared": True,
+        "load": "the new state",
+        "verified": True,
+    }

@@ -1,8 +1,11 @@
 """What a collection keeps of manifests: which chunks they name, full ones and deltas apart."""
 
+import msgspec
+
 from ckptstore.format import ChunkKey
-from ckptstore.manifest import ChunkRef, Manifest, Writer
-from ckptstore.protocol.roots import Roots
+from ckptstore.manifest import ChunkRef, Manifest, Writer, encode
+from ckptstore.objects.base import ObjectInfo
+from ckptstore.protocol.roots import Roots, _add_step
 
 DIGESTS, SAVE = [64 * digit for digit in "123"], 32 * "a"
 
@@ -51,3 +54,15 @@ def test_a_chunk_that_another_save_has_uploaded_is_not_needed() -> None:
     roots.add(naming(ref(DIGESTS[0])))
     assert roots.names(f"chunks/11/{DIGESTS[0]}.{SAVE}")
     assert not roots.names(f"chunks/11/{DIGESTS[0]}.{32 * 'b'}")
+
+
+def test_a_manifest_that_is_just_being_replaced_counts_in_every_reading_but_the_first() -> None:
+    """The first one has it buried before anything is condemned; later a save may be about to take chunks from it."""
+    old = naming(ref(DIGESTS[0]))
+    new = msgspec.structs.replace(old, save=32 * "b", replaces=[SAVE])
+    found = [(each.key, ObjectInfo(str(each.key), 2000, 1.0), encode(each)) for each in (old, new)]
+    first, later = Roots(), Roots(was_read=True)
+    _add_step(first, list(found))
+    _add_step(later, list(found))
+    assert (first.checkpoints, first.replaced) == (1, [old.key])
+    assert (later.checkpoints, later.replaced) == (2, [])
