@@ -18,6 +18,9 @@ from ckptstore.sealed import seal
 
 SAVES = [32 * digit for digit in "abc0"]
 
+MAX_REPEATED_BYTES = 10_000
+"""An input that is longer takes its time because it is long."""
+
 NUMBERS = [
     *(0, 1, 2, 3, 4, 7, 8, 63, 64, 65, 100, 101, 255, 256, 1023, 1024, 1025),
     *(2**16, 2**24, 2**30 - 1, 2**30, 2**30 + 1, 2**31, 2**32, 2**48, 2**48 + 1, 2**53, 2**61 - 1, 2**62, 2**62 + 1),
@@ -251,8 +254,9 @@ def _duplicate(random: Random, container: Any, key: Any) -> None:
 
 
 def _repeat(random: Random, container: Any, key: Any) -> None:
-    if isinstance(container[key], list) and len(json_text(container[key])) < 5000:
-        container[key] = container[key] * random.choice([2, 10, 100])
+    times = random.choice([2, 10, 100])
+    if isinstance(container[key], list) and len(json_text(container[key])) * times < MAX_REPEATED_BYTES:
+        container[key] = container[key] * times
 
 
 def _nudge(random: Random, container: Any, key: Any) -> None:
@@ -365,7 +369,7 @@ def _deep(random: Random) -> Any:
 
 
 def _wide(random: Random) -> Any:
-    count = random.choice([200, 3000])
+    count = random.choice([200, 1000])
     item = random.choice([0, [], {}, "a", [1, 2], {"$": "float", "bits": "7ff8000000000000"}])
     return random.choice([[item] * count, {"$": "tuple", "items": [item] * count}, {"k" * 5000: [item] * count}])
 

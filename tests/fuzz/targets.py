@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import struct
 import uuid
@@ -20,7 +21,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 import ckptstore
-from ckptstore import chunk, errors, saving
+from ckptstore import chunk, errors, run, saving
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.cli import main, target
 from ckptstore.codec import Sampled
@@ -28,6 +29,7 @@ from ckptstore.deltas import find_bases, held_chunks
 from ckptstore.format import (
     MAX_CHUNK_BYTES,
     MIN_MANIFEST_BYTES,
+    Codec,
     ManifestKey,
     condemned_key,
     manifest_key,
@@ -59,6 +61,9 @@ from tests.fuzz.watching import Watched, watch
 
 Parts = dict[str, bytes]
 TIME = "2026-11-25T01:02:03.000004Z"
+WRITER = Writer(host="node7", pid=1, version="0")
+MAX_DOCUMENT_BYTES = 2**18
+"""Where several changes made a longer one, it is left out: it takes its time because it is long."""
 TOO_MUCH = 2**26
 """What is rightly claimed beyond this is left out: reading it takes the time and memory that it says."""
 
@@ -159,10 +164,11 @@ def _kind_of(key: str) -> str | None:
     )
 
 
-def _document_maker(name: str) -> Callable[[Random], Parts]:
-    def make(random: Random) -> Parts:
+def _document_maker(name: str) -> Callable[[Random], Parts | None]:
+    def make(random: Random) -> Parts | None:
         key, value = random.choice(valid_documents()[name])
-        return {key: hostile_document(random, key, value)}
+        content = hostile_document(random, key, value)
+        return {key: content} if len(content) <= MAX_DOCUMENT_BYTES else None
 
     return make
 
@@ -264,33 +270,46 @@ def _state(step: int) -> dict[str, Any]:
 
 @cache
 def valid_stores() -> list[Parts]:
-    """Stores of both codecs, with deltas, fences, tombstones, sessions, condemned lists and several runs."""
+    """Stores of each codec, with deltas, fences, tombstones, sessions, condemned lists and several runs."""
     found = []
-    for codec in ("fast", "small", "none"):
-        place = MemoryObjects(f"memory://{uuid.uuid4().hex}")
-        with (
-            mock.patch.object(chunk, "DELTA_PAYS", 100.0),
-            mock.patch.multiple(saving, DEFAULT_CHUNK_BYTES=256, DEFAULT_SMALL_BYTES=64),
-        ):
-            store = ckptstore.Store(place, codec=codec, threads=1)
-            for step in (1, 2, 3):
-                store.run("lstm").save(_state(step), step=step, metrics={"loss": 0.5, "bad": float("inf")})
-            store.run("other").save({"x": torch.ones(3)}, step=7, metadata={"sizes": (1, 2)})
-            store.run("other").save({"x": torch.zeros(3)}, step=8)
-            store.run("other").delete(8)
-        for key, value in _bystanders(place).items():
-            place.put(key, encode(value))
-        found.append({row.key: place.get(row.key) or b"" for row in place.list("")})
-        for key in found[-1]:
-            place.delete(key)
+    numbers = itertools.count(1)
+    with (
+        mock.patch.object(chunk, "DELTA_PAYS", 100.0),
+        # The same every time, so that what is made of them follows from the seed.
+        mock.patch.object(run, "now_text", lambda: TIME),
+        mock.patch.multiple(
+            saving,
+            DEFAULT_CHUNK_BYTES=256,
+            DEFAULT_SMALL_BYTES=64,
+            new_save_id=lambda: f"{next(numbers):032x}",
+            now_text=lambda: TIME,
+            this_writer=lambda: WRITER,
+        ),
+    ):
+        codecs: tuple[Codec, ...] = ("fast", "small", "none")
+        for codec in codecs:
+            place = MemoryObjects(f"memory://{uuid.uuid4().hex}")
+            _fill(ckptstore.Store(place, codec=codec, threads=1))
+            for key, value in _bystanders(place).items():
+                place.put(key, encode(value))
+            found.append({row.key: place.get(row.key) or b"" for row in place.list("")})
+            for key in found[-1]:
+                place.delete(key)
     return found
 
 
+def _fill(store: ckptstore.Store) -> None:
+    for step in (1, 2, 3):
+        store.run("lstm").save(_state(step), step=step, metrics={"loss": 0.5, "bad": float("inf")})
+    store.run("other").save({"x": torch.ones(3)}, step=7, metadata={"sizes": (1, 2)})
+    store.run("other").save({"x": torch.zeros(3)}, step=8)
+    store.run("other").delete(8)
+
+
 def _bystanders(place: MemoryObjects) -> dict[str, Session | Ended | Condemned]:
-    writer = Writer(host="node7", pid=1, version="0")
     some_chunk = place.list("chunks/")[0].key
     condemned = Condemned(collection=SAVES[0], reason="corrupt", created=TIME, keys=[some_chunk])
-    session = Session(save=SAVES[1], run="lstm", step=9, writer=writer, opened=TIME, beat=3)
+    session = Session(save=SAVES[1], run="lstm", step=9, writer=WRITER, opened=TIME, beat=3)
     fence = Ended(state="fenced", run="lstm", step=2, save=SAVES[2], created=TIME)
     return {
         condemned_key(SAVES[0]): condemned,
@@ -305,7 +324,8 @@ def make_store(random: Random) -> Parts | None:
         random.choice(_DAMAGES)(random, objects)
     restores = [name for name in OPERATIONS if name.startswith("restore")]
     objects["operation"] = random.choice([*OPERATIONS, *restores, *restores, *restores]).encode()
-    return None if TOO_MUCH < claimed(objects) < 2**40 else objects
+    is_long = any(len(content) > MAX_DOCUMENT_BYTES for content in objects.values())
+    return None if is_long or TOO_MUCH < claimed(objects) < 2**40 else objects
 
 
 def _hostile_documents(random: Random, objects: Parts) -> None:

@@ -56,6 +56,26 @@ def test_an_input_follows_from_its_seed(kind: str) -> None:
     assert made[1] != made[2] or made[2] != made[3]
 
 
+def test_inputs_follow_from_their_seed_in_another_process_too() -> None:
+    program = (
+        "from random import Random; from blake3 import blake3; from tests.fuzz.targets import KINDS;"
+        "made = [kind.make(Random(f'{number}')) for kind in KINDS.values() for number in range(5)];"
+        "print(blake3(repr(made).encode()).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+
+
 def test_an_input_that_was_saved_is_read_again(tmp_path: Path) -> None:
     parts = dict(targets.valid_chunks()[0])
     running.save(tmp_path / "sound.json", "chunk", parts)
