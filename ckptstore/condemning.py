@@ -44,9 +44,5 @@ def marked_corrupt(objects: Objects, *, strict: bool = False) -> set[str]:
     """
     lists = Performer(objects).perform(protocol.read_condemned())
     if strict and None in lists:
-        raise CorruptError(
-            f"a list of damaged chunks in {objects.url} cannot be read, so which checkpoints are sound is not known. "
-            "Nothing was changed. `ckptstore verify` names the list; delete it when no job saves, and verify again, "
-            "which makes the marks anew."
-        )
+        raise CorruptError(protocol.UNREADABLE_LIST)
     return {key for each in lists if each is not None and each.reason == "corrupt" for key in each.keys}

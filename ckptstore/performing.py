@@ -189,8 +189,8 @@ class Performer:
         uploaded = staged(
             digests,
             [*stages, Stage(put, self._objects.request_threads)],
-            # The raw bytes if they had to be copied, the planes, the object; of a base its object and its raw bytes.
-            weigh=lambda name: (5 if name in bases else 3) * self._chunks[name].raw_bytes,
+            # The raw bytes if they had to be copied, the planes, the object; of a base its objects and its raw bytes.
+            weigh=lambda name: (4 + len(bases[name].chain) if name in bases else 3) * self._chunks[name].raw_bytes,
             max_inflight_bytes=MAX_INFLIGHT_BYTES,
             done=self._counted(digests),
         )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ckptstore import catalog, protocol
-from ckptstore.errors import ConflictError, CorruptError, FencedError
+from ckptstore.condemning import marked_corrupt
+from ckptstore.errors import ConflictError, FencedError
 from ckptstore.format import ChunkKey, ManifestKey, new_save_id
 from ckptstore.manifest import Manifest, TensorPaths
 from ckptstore.objects.base import ObjectInfo, Objects
@@ -71,10 +72,7 @@ def repair(objects: Objects, run: str | None = None) -> RepairReport:
         UnavailableError: the backend failed. What was repaired until then is.
         UnsupportedFormatError: an object was written by a newer ckptstore.
     """
-    lists = Performer(objects).perform(protocol.read_condemned())
-    if None in lists:
-        raise CorruptError(protocol.UNREADABLE_LIST)
-    corrupt = {key for each in lists if each and each.reason == "corrupt" for key in each.keys}
+    corrupt = marked_corrupt(objects, strict=True)
     report = RepairReport(marked=len(corrupt))
     digests = {key.digest for name in corrupt if (key := ChunkKey.parse(name))}
     steps = [

@@ -20,8 +20,9 @@ from ckptstore.protocol.operations import Check, Get, List, Operation, Sync
 from ckptstore.protocol.rewrites import changed, in_place_of, rewrite
 
 UNREADABLE_LIST = (
-    "a list of condemned chunks cannot be read, so which copies are good is not known. Nothing was changed. `ckptstore "
-    "verify` names the list; delete it when no job saves, verify the store again, and repair it then."
+    "a list of condemned chunks cannot be read, so which chunks are good is not known. Nothing was changed. `ckptstore "
+    "verify` names the list; delete it when no job saves, verify the store again, which makes the marks anew, and do "
+    "this again then."
 )
 
 

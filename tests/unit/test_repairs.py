@@ -463,7 +463,7 @@ def test_a_list_that_cannot_be_read_ends_a_repair() -> None:
     model.copy(A, 2)
     model.put(condemned_key(save_id(78)), b"no list")
     before = dict(model.content)
-    with pytest.raises(CorruptError, match="which copies are good is not known"):
+    with pytest.raises(CorruptError, match="which chunks are good is not known"):
         model.perform(repair(request()))
     assert model.content == before
 
