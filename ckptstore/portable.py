@@ -237,6 +237,11 @@ class _About(msgspec.Struct):
     metadata: Any = None
 
 
+# Made now, and not when the first file is read, which threads may do at the same time: see manifest.py.
+_DOCUMENT_DECODER = msgspec.json.Decoder(_Document)
+_ABOUT_DECODER = msgspec.json.Decoder(_About)
+
+
 def _require_safetensors() -> Any:
     """The package that reads and writes the format. Raises InvalidInputError if it is not installed."""
     try:
@@ -359,8 +364,8 @@ def _read_safetensors(file: Path) -> Portable:
 def _rebuild(metadata: Mapping[str, str], named: Mapping[str, torch.Tensor]) -> Portable:
     """The tree that was exported. Whoever wrote the file: all is checked. Raises CorruptError."""
     try:
-        document = msgspec.json.decode(metadata[TREE_KEY], type=_Document)
-        about = msgspec.json.decode(metadata.get(CHECKPOINT_KEY, "{}"), type=_About)
+        document = _DOCUMENT_DECODER.decode(metadata[TREE_KEY])
+        about = _ABOUT_DECODER.decode(metadata.get(CHECKPOINT_KEY, "{}"))
     except (msgspec.MsgspecError, RecursionError) as error:
         raise CorruptError(f"its metadata makes no sense ({error})") from error
     if document.version != DOCUMENT_VERSION:

@@ -55,7 +55,7 @@ class S3Server:
 
     def client(self) -> Any:
         """A plain boto3 client, for what the tests look at behind s3fs's back."""
-        import boto3  # type: ignore[import-untyped]
+        import boto3
 
         return boto3.client(
             "s3",
@@ -156,7 +156,7 @@ def _process(command: list[str], client: Callable[[], Any]) -> Iterator[None]:
 
 def _answers(process: "subprocess.Popen[bytes]", client: Callable[[], Any]) -> bool:
     """Poll until a bucket can be made and written to: SeaweedFS lists buckets well before it takes objects."""
-    import botocore.exceptions  # type: ignore[import-untyped]
+    import botocore.exceptions
 
     asking = client()
     deadline = time.monotonic() + START_SECONDS

@@ -20,6 +20,7 @@ from typing import Any
 
 from ckptstore.errors import InvalidInputError, UnavailableError
 from ckptstore.objects.base import Bytes, ObjectInfo, Objects
+from ckptstore.objects.timestamps import session_with_fast_timestamps
 
 __all__ = ["FsspecObjects", "S3Objects", "is_s3", "scrub"]
 
@@ -408,6 +409,8 @@ class S3Objects(FsspecObjects):
         config = {"max_pool_connections": S3_POOL_CONNECTIONS, **self._options.get("config_kwargs", {})}
         options = {**self._options, "config_kwargs": config, "use_listings_cache": False}
         fs = fsspec.filesystem(self._protocol, **options)
+        if fs.session is None:
+            fs.session = session_with_fast_timestamps(fs.kwargs)
         fs.connect()  # here, so that a wrong option is told as such
         bucket, prefix, _ = fs.split_path(self._url)
         return fs, f"{bucket}/{prefix}".rstrip("/")

@@ -114,7 +114,7 @@ def seaweed_proxy(seaweed_s3: S3Server) -> Iterator[FaultProxy]:
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client tries as often as it always does, and waits a hundredth of the time before it tries again."""
-    import botocore.retryhandler  # type: ignore[import-untyped]
+    import botocore.retryhandler
     import s3fs.core
 
     from ckptstore.objects import remote

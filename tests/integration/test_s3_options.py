@@ -1,5 +1,6 @@
 """What teams need of S3 passes through `storage_options`: encryption, classes, roles, checksums, requester pays."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,14 @@ def test_a_bucket_with_versions_keeps_what_was_deleted_and_reads_as_any_other(mo
     assert ckptstore.Store(f"s3://{bucket}/ckpts", moto_s3.storage_options).verify().ok
     versions = client.list_object_versions(Bucket=bucket, Prefix="ckpts/runs/run/00000000000000000001")["Versions"]
     assert len(versions) == 2  # the manifest, and the tombstone that took its place
+
+
+def test_the_times_of_a_listing_are_read_the_fast_way(moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(told: str) -> None:
+        raise AssertionError(f"botocore was asked to read {told}")
+
+    monkeypatch.setattr("botocore.parsers.DEFAULT_TIMESTAMP_PARSER", slow)
+    objects = S3Objects(f"s3://{moto_s3.new_bucket()}/ckpts", moto_s3.storage_options)
+    objects.put("a", b"content")
+    (row,) = objects.list("")
+    assert abs(row.modified - time.time()) < 3600

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import botocore.exceptions  # type: ignore[import-untyped]
+import botocore.exceptions
 import pytest
 
 from ckptstore.errors import InvalidInputError, UnavailableError
