@@ -4,15 +4,19 @@ Everything but saving goes through here to find a checkpoint. Needs no torch, so
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckptstore.errors import CheckpointWarning, CorruptError, NotFoundError
-from ckptstore.format import MARKER_KEY, RUNS, ManifestKey, run_prefix
+from ckptstore.format import CHUNKS, DELTAS, MARKER_KEY, RUNS, ManifestKey, chunk_prefixes, run_prefix
 from ckptstore.manifest import Manifest, Marker, checkpoint_digest, decode_marker
 from ckptstore.objects.base import ObjectInfo, Objects
+from ckptstore.pipeline import each
 from ckptstore.protocol import current, may_be_committed, read_candidate
+from ckptstore.protocol.operations import PREFIXES_AT_A_TIME, in_batches
 
+STEPS_AT_A_TIME = 32
+"""The manifests of so many are held in memory at once, where all of a store's are read."""
 RELISTINGS = 4
 """A step is looked at so often while others replace what was seen of it."""
 
@@ -86,6 +90,14 @@ def _group(run: str, rows: list[ObjectInfo]) -> RunRows:
     return found
 
 
+def list_chunks(objects: Objects, full: int, deltas: int) -> Iterator[ObjectInfo]:
+    """Every object in the folders of chunks, of which there are about so many; some listings at a time."""
+    prefixes = chunk_prefixes(CHUNKS, full) + chunk_prefixes(DELTAS, deltas)
+    for some in in_batches(prefixes, PREFIXES_AT_A_TIME):
+        for rows in each(objects.list, some, threads=objects.request_threads):
+            yield from rows
+
+
 def read_step(
     objects: Objects, rows: list[tuple[ManifestKey, ObjectInfo]]
 ) -> tuple[Manifest | None, list[ManifestKey]]:
@@ -107,6 +119,14 @@ def read_step(
         rows = [(found, row) for row in again if (found := ManifestKey.parse(row.key))]
     damaged = [candidate.key for candidate in candidates if candidate.manifest is None]
     return (standing.manifest if standing else None), damaged
+
+
+def read_steps(
+    objects: Objects, steps: Sequence[list[tuple[ManifestKey, ObjectInfo]]]
+) -> Iterator[tuple[Manifest | None, list[ManifestKey]]]:
+    """What `read_step` says of each, in their order; only some manifests are in memory at a time."""
+    for some in in_batches(steps, STEPS_AT_A_TIME):
+        yield from each(lambda rows: read_step(objects, rows), some, threads=objects.request_threads)
 
 
 def manifest_of(objects: Objects, run: str, step: int) -> Manifest:

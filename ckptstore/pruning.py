@@ -2,29 +2,25 @@
 
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckptstore import catalog, protocol, tagging
 from ckptstore.checkpoint import Checkpoint
+from ckptstore.chunk_numbers import ChunkNumbers
 from ckptstore.condemning import marked_corrupt
 from ckptstore.errors import UnavailableError
 from ckptstore.format import ManifestKey
-from ckptstore.manifest import Manifest
 from ckptstore.objects.base import ObjectInfo, Objects
 from ckptstore.objects.open import store_time
 from ckptstore.performing import Performer
 from ckptstore.pipeline import each
 from ckptstore.protocol.operations import in_batches
-from ckptstore.protocol.roots import short_name
 from ckptstore.retention import Candidate, Rules, choose
 from ckptstore.writer import now_text
 
 __all__ = ["PruneReport", "PrunedStep", "prune"]
-
-STEPS_AT_A_TIME = 64
-"""The manifests of so many are held in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,34 +69,6 @@ class _Step:
     """The numbers of those that it names."""
 
 
-class _Chunks:
-    """The chunks that checkpoints name, numbered: a manifest names thousands, most of which others name as well."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[bytes, int] = {}
-        self._stored = array("q")
-
-    def numbers(self, manifest: Manifest) -> "array[int]":
-        """Those of a manifest."""
-        found = array("I")
-        for ref in manifest.chunks:
-            name = short_name(ref.digest, ref.save, is_delta=ref.base is not None)
-            number = self._numbers.setdefault(name, len(self._numbers))
-            if number == len(self._stored):
-                self._stored.append(ref.stored)
-            found.append(number)
-        return found
-
-    def bytes_of_only(self, gone: Iterable[_Step], kept: Iterable[_Step]) -> int:
-        """The size of the chunks that some steps name and some others do not."""
-        counts = bytearray(len(self._stored))
-        for mark, steps in ((1, gone), (0, kept)):
-            for step in steps:
-                for number in step.chunks:
-                    counts[number] = mark
-        return sum(size for size, counts_in in zip(self._stored, counts, strict=True) if counts_in)
-
-
 def prune(objects: Objects, runs: Sequence[str], rules: Rules, *, dry_run: bool) -> PruneReport:
     """Prune runs.
 
@@ -114,7 +82,7 @@ def prune(objects: Objects, runs: Sequence[str], rules: Rules, *, dry_run: bool)
     report = PruneReport(dry_run)
     going: list[_Step] = []
     staying: list[_Step] = []
-    chunks = _Chunks()
+    chunks = ChunkNumbers()
     for run in dict.fromkeys(runs):  # each once
         steps = _steps(objects, run, corrupt, chunks)
         tags = tagging.listed(objects, run)
@@ -129,7 +97,11 @@ def prune(objects: Objects, runs: Sequence[str], rules: Rules, *, dry_run: bool)
             (staying if stays else going).append(step)
     if not dry_run:
         each(lambda step: _bury(objects, step), going, threads=objects.request_threads)
-    return PruneReport(dry_run, report.kept, report.removed, chunks.bytes_of_only(going, staying))
+    return PruneReport(dry_run, report.kept, report.removed, _freed(chunks, going, staying))
+
+
+def _freed(chunks: ChunkNumbers, going: Sequence[_Step], staying: Sequence[_Step]) -> int:
+    return chunks.bytes_of_only((step.chunks for step in going), (step.chunks for step in staying))
 
 
 def _now(objects: Objects, *, dry_run: bool) -> float:
@@ -141,10 +113,10 @@ def _now(objects: Objects, *, dry_run: bool) -> float:
         return time.time()  # who may only read can still see what would be done
 
 
-def _steps(objects: Objects, run: str, corrupt: set[str], chunks: _Chunks) -> list[_Step]:
+def _steps(objects: Objects, run: str, corrupt: set[str], chunks: ChunkNumbers) -> list[_Step]:
     rows = sorted(catalog.list_run(objects, run).by_step.items())
     found: list[_Step] = []
-    for some in in_batches(rows, STEPS_AT_A_TIME):
+    for some in in_batches(rows, catalog.STEPS_AT_A_TIME):
         read = each(lambda item: _read(objects, item[1]), some, threads=objects.request_threads)
         found += [
             _step(run, step, candidates, corrupt, chunks)
@@ -159,7 +131,7 @@ def _read(objects: Objects, rows: list[tuple[ManifestKey, ObjectInfo]]) -> list[
     return [found for item in contents if (found := protocol.read_candidate(*item)) is not None]
 
 
-def _step(run: str, step: int, candidates: list[protocol.Candidate], corrupt: set[str], chunks: _Chunks) -> _Step:
+def _step(run: str, step: int, candidates: list[protocol.Candidate], corrupt: set[str], chunks: ChunkNumbers) -> _Step:
     standing = protocol.current(candidates)
     manifest = standing.manifest if standing else None
     candidates.sort(key=lambda found: found is standing)
@@ -170,7 +142,7 @@ def _step(run: str, step: int, candidates: list[protocol.Candidate], corrupt: se
         max(found.modified for found in candidates),
         Checkpoint(manifest).metrics if manifest else {},
         manifest is None or (bool(corrupt) and any(ref.key in corrupt for ref in manifest.chunks)),
-        chunks.numbers(manifest) if manifest else array("I"),
+        chunks.of(manifest) if manifest else array("I"),
     )
 
 

@@ -388,7 +388,7 @@ class Run:
             CorruptError: a manifest is damaged.
             UnavailableError: the store cannot be reached or read.
         """
-        return [Checkpoint(manifest) for manifest in usages.read_all(self._objects, self.name).get(self.name, [])]
+        return [Checkpoint(manifest) for manifest in usages.manifests(self._objects, self.name)]
 
     def tag(self, step: int, name: str) -> None:
         """Give a checkpoint a tag: no prune that begins after this has returned deletes it.

@@ -1,14 +1,15 @@
 """What a store costs, run by run: logical, stored and shared bytes. From manifests and one listing; needs no torch."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckptstore import catalog
+from ckptstore.chunk_numbers import ChunkNumbers
 from ckptstore.errors import CorruptError
-from ckptstore.format import CHUNKS, DELTAS, ManifestKey
+from ckptstore.format import ChunkKey, ManifestKey
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import ObjectInfo, Objects
-from ckptstore.pipeline import each
 from ckptstore.protocol import may_be_committed
 
 __all__ = ["RunUsage", "Usage"]
@@ -57,57 +58,54 @@ def usage(objects: Objects) -> Usage:
         CorruptError: a manifest is damaged, so the sums would be wrong.
     """
     catalog.require_store(objects)
-    stored_objects = {row.key: row.size for prefix in (CHUNKS, DELTAS) for row in objects.list(prefix)}
-    sizes: dict[str, int] = {}
-    chunks_of: dict[str, set[str]] = {}
+    chunks = ChunkNumbers()
+    chunks_of: dict[str, set[int]] = {}
     logical_bytes: Counter[str] = Counter()
     checkpoints: Counter[str] = Counter()
-    for run, manifests in read_all(objects).items():
-        chunks_of[run] = set()
-        for manifest in manifests:
-            checkpoints[run] += 1
-            logical_bytes[run] += manifest.raw_bytes
-            for chunk in manifest.chunks:
-                chunks_of[run].add(chunk.key)
-                sizes[chunk.key] = chunk.stored
-    users = Counter(key for keys in chunks_of.values() for key in keys)
+    for manifest in manifests(objects):
+        checkpoints[manifest.run] += 1
+        logical_bytes[manifest.run] += manifest.raw_bytes
+        chunks_of.setdefault(manifest.run, set()).update(chunks.of(manifest))
+    users = Counter(number for numbers in chunks_of.values() for number in numbers)
     return Usage(
         runs={
             run: RunUsage(
                 checkpoints=checkpoints[run],
                 logical_bytes=logical_bytes[run],
-                stored_bytes=sum(sizes[key] for key in keys),
-                shared_bytes=sum(sizes[key] for key in keys if users[key] > 1),
+                stored_bytes=chunks.stored_bytes(numbers),
+                shared_bytes=chunks.stored_bytes(number for number in numbers if users[number] > 1),
             )
-            for run, keys in chunks_of.items()
+            for run, numbers in chunks_of.items()
         },
         logical_bytes=logical_bytes.total(),
-        stored_bytes=sum(sizes.values()),
-        unreferenced_bytes=sum(size for key, size in stored_objects.items() if key not in sizes),
+        stored_bytes=chunks.stored_bytes(range(len(chunks))),
+        unreferenced_bytes=_unreferenced_bytes(objects, chunks),
     )
 
 
-def read_all(objects: Objects, only: str | None = None) -> dict[str, list[Manifest]]:
-    """The manifests that count, of each run (or of one), by step. Raises CorruptError if one cannot be read."""
-    listed = catalog.list_runs(objects) if only is None else {only: catalog.list_run(objects, only)}
-    steps = [(run, rows) for run, found in listed.items() for rows in found.by_step.values() if any(map(_large, rows))]
+def _unreferenced_bytes(objects: Objects, chunks: ChunkNumbers) -> int:
+    """The size of the chunks that none of those read names. One that a save names since counts as under way."""
+    rows = catalog.list_chunks(objects, len(chunks) - chunks.deltas, chunks.deltas)
+    return sum(row.size for row in rows if not ((key := ChunkKey.parse(row.key)) and chunks.holds(key)))
 
-    def read(step: tuple[str, list[tuple[ManifestKey, ObjectInfo]]]) -> tuple[str, Manifest | None]:
-        run, rows = step
-        manifest, damaged = catalog.read_step(objects, rows)
-        if manifest is None and damaged:
+
+def manifests(objects: Objects, only: str | None = None) -> Iterator[Manifest]:
+    """The manifests that count, of all runs by name (or of one), by step.
+
+    Raises:
+        CorruptError: one cannot be read.
+    """
+    listed = catalog.list_runs(objects) if only is None else {only: catalog.list_run(objects, only)}
+    steps = [rows for found in listed.values() for rows in found.by_step.values() if any(map(_large, rows))]
+    for manifest, damaged in catalog.read_steps(objects, steps):
+        if manifest is not None:
+            yield manifest
+        elif damaged:
             [key, *_] = damaged
             raise CorruptError(
                 f"the manifest of step {key.step} of run {key.run!r} is damaged ({key}), so what the store holds "
                 "cannot be told. ckptstore verify says what is wrong with it; save the step again, or delete it."
             )
-        return run, manifest
-
-    found: dict[str, list[Manifest]] = {run: [] for run in listed}
-    for run, manifest in each(read, steps, threads=objects.request_threads):
-        if manifest is not None:
-            found[run].append(manifest)
-    return {run: manifests for run, manifests in found.items() if manifests}
 
 
 def _large(row: "tuple[ManifestKey, ObjectInfo]") -> bool:

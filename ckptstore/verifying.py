@@ -2,21 +2,19 @@
 
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from ckptstore import chunk as chunks
-from ckptstore.catalog import read_marker
+from ckptstore.catalog import list_chunks, read_marker
 from ckptstore.condemning import condemn_keys
 from ckptstore.decoding import decode_chain, each_of_chain
 from ckptstore.errors import CheckpointError, CorruptError, UnsupportedFormatError
 from ckptstore.format import (
-    CHUNKS,
     CONDEMNED,
-    DELTAS,
     MARKER_KEY,
     RUNS,
     SESSIONS,
@@ -24,7 +22,6 @@ from ckptstore.format import (
     ChunkKey,
     ManifestKey,
     TagKey,
-    chunk_prefixes,
     run_prefix,
     tag_prefix,
 )
@@ -44,7 +41,6 @@ from ckptstore.protocol.operations import in_batches
 from ckptstore.skeleton import tensors
 
 DOCUMENTS_AT_A_TIME = 64
-PREFIXES_AT_A_TIME = 16
 _undescribed = threading.Lock()
 
 
@@ -163,7 +159,7 @@ def verify(
         full = {ref.key for manifest in manifests for ref in manifest.chunks if ref.base is None}
         deltas = {ref.key for manifest in manifests for ref in manifest.chunks if ref.base is not None}
         # Of one run only what it needs is looked at.
-        rows = () if run else _list_chunks(objects, len(full), len(deltas))
+        rows = () if run else list_chunks(objects, len(full), len(deltas))
         wanted = _wanted_chunks(manifests, {row.key: row.size for row in rows}, report)
     total = sum(each.stored for each in wanted)
     compiled.expect(sum(each.raw_bytes for each in wanted))
@@ -230,14 +226,6 @@ def _check_document(
     except CheckpointError as error:
         run, step = (manifest_key.run, manifest_key.step) if manifest_key else (None, None)
         report.damaged.append(Damage(run, step, None, key, str(error)))
-
-
-def _list_chunks(objects: Objects, full: int, deltas: int) -> Iterator[ObjectInfo]:
-    """Every object in the folders of chunks, of which there are about so many; some listings at a time."""
-    prefixes = chunk_prefixes(CHUNKS, full) + chunk_prefixes(DELTAS, deltas)
-    for some in in_batches(prefixes, PREFIXES_AT_A_TIME):
-        for rows in each(objects.list, some, threads=objects.request_threads):
-            yield from rows
 
 
 class _Described:
@@ -316,7 +304,7 @@ def _suspects(
     marked = _check_documents(objects, documents, described.add, report)
     report.checkpoints = len(described.manifests)
     doubtful: dict[str, int] = {}
-    for row in _list_chunks(objects, len(described) - described.deltas, described.deltas):
+    for row in list_chunks(objects, len(described) - described.deltas, described.deltas):
         key = ChunkKey.parse(row.key)
         if key is not None and described.see(row, key):
             if not described.is_good(key):

@@ -1,11 +1,13 @@
 """`ls`: which checkpoints there are. From manifests alone; no tensor is read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import typer
 
 from ckptstore import catalog, tagging
+from ckptstore.chunk_numbers import ChunkNumbers
 from ckptstore.cli.options import Json, OptionalTarget, StorageOptions, examples
 from ckptstore.cli.printing import bytes_text, print_json, print_line, print_table, printable, time_text, warn
 from ckptstore.cli.target import Target, parse_options, resolve
@@ -14,7 +16,6 @@ from ckptstore.errors import NotFoundError
 from ckptstore.format import ManifestKey
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
-from ckptstore.pipeline import each
 
 __all__ = ["add_to"]
 
@@ -54,11 +55,36 @@ def ls(target: OptionalTarget = None, storage_options: StorageOptions = None, as
 
 
 @dataclass(slots=True)
-class _Found:
-    """The manifests of each run by step, and the keys of those that cannot be read."""
+class _Run:
+    """What is shown of a run; of its manifests, which may be many and large, only that is kept."""
 
-    by_run: dict[str, list[Manifest]] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """As they are shown, the newest last."""
+    chunks: set[int] = field(default_factory=set)
+    newest_created: str = ""
+
+    def add(self, manifest: Manifest, chunks: Iterable[int]) -> None:
+        self.newest_created = max(self.newest_created, manifest.created)
+        self.chunks.update(chunks)
+        self.steps.append(
+            {
+                "step": manifest.step,
+                "created": manifest.created,
+                "metrics": manifest.metrics,
+                "raw_bytes": manifest.raw_bytes,
+                "stored_bytes": manifest.stored_bytes,
+                "new_bytes": manifest.new_bytes,
+            }
+        )
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the runs hold, and the keys of the manifests that cannot be read."""
+
+    runs: dict[str, _Run] = field(default_factory=dict)
     damaged: list[ManifestKey] = field(default_factory=list)
+    chunks: ChunkNumbers = field(default_factory=ChunkNumbers)
 
     def damaged_json(self) -> list[dict[str, Any]]:
         return [{"run": key.run, "step": key.step, "key": str(key)} for key in self.damaged]
@@ -67,20 +93,14 @@ class _Found:
 def _read(place: Target) -> _Found:
     objects, run = place.objects, place.run
     listed = catalog.list_runs(objects) if run is None else {run: catalog.list_run(objects, run)}
-    steps = [
-        (name, rows)
-        for name, found in listed.items()
-        for step, rows in found.by_step.items()
-        if place.step in (None, step)
-    ]
+    steps = [rows for found in listed.values() for step, rows in found.by_step.items() if place.step in (None, step)]
     found = _Found()
-    read = each(lambda row: catalog.read_step(objects, row[1]), steps, threads=objects.request_threads)
-    for (name, _), (manifest, damaged) in zip(steps, read, strict=True):
+    for manifest, damaged in catalog.read_steps(objects, steps):
         if manifest is not None:
-            found.by_run.setdefault(name, []).append(manifest)
+            found.runs.setdefault(manifest.run, _Run()).add(manifest, found.chunks.of(manifest))
         else:
             found.damaged += damaged
-    if run is not None and not found.by_run and not found.damaged:
+    if run is not None and not found.runs and not found.damaged:
         catalog.manifest_of(objects, run, place.step or 0)  # raises what fits: no such run, or no such step
         raise NotFoundError(f"there is no run {run!r} with a checkpoint in {objects.url}.")
     return found
@@ -88,57 +108,48 @@ def _read(place: Target) -> _Found:
 
 def _list_runs(objects: Objects, found: _Found, *, as_json: bool) -> None:
     runs: list[dict[str, Any]] = []
-    for run, manifests in sorted(found.by_run.items(), key=lambda item: max(one.created for one in item[1])):
-        newest = manifests[-1]
-        chunks = {chunk.key: chunk.stored for manifest in manifests for chunk in manifest.chunks}
+    for name, run in sorted(found.runs.items(), key=lambda item: item[1].newest_created):
+        newest = run.steps[-1]
         runs.append(
             {
-                "run": run,
-                "checkpoints": len(manifests),
-                "newest_step": newest.step,
-                "created": newest.created,
-                "logical_bytes": sum(manifest.raw_bytes for manifest in manifests),
-                "stored_bytes": sum(chunks.values()),
+                "run": name,
+                "checkpoints": len(run.steps),
+                "newest_step": newest["step"],
+                "created": newest["created"],
+                "logical_bytes": sum(step["raw_bytes"] for step in run.steps),
+                "stored_bytes": found.chunks.stored_bytes(run.chunks),
             }
         )
     if as_json:
         print_json({"store": objects.url, "runs": runs, "damaged": found.damaged_json()})
-    elif not runs:
+        return
+    if not runs:
         print_line(f"no checkpoints in {printable(objects.url)}")
-    else:
-        print_table(
-            ("RUN", "CHECKPOINTS", "NEWEST", "SAVED (UTC)", "LOGICAL", "STORED"),
-            [
-                (
-                    row["run"],
-                    str(row["checkpoints"]),
-                    str(row["newest_step"]),
-                    time_text(row["created"]),
-                    bytes_text(row["logical_bytes"]),
-                    bytes_text(row["stored_bytes"]),
-                )
-                for row in runs
-            ],
-            right=("CHECKPOINTS", "NEWEST", "LOGICAL", "STORED"),
-        )
+        return
+    print_table(
+        ("RUN", "CHECKPOINTS", "NEWEST", "SAVED (UTC)", "LOGICAL", "STORED"),
+        [
+            (
+                row["run"],
+                str(row["checkpoints"]),
+                str(row["newest_step"]),
+                time_text(row["created"]),
+                bytes_text(row["logical_bytes"]),
+                bytes_text(row["stored_bytes"]),
+            )
+            for row in runs
+        ],
+        right=("CHECKPOINTS", "NEWEST", "LOGICAL", "STORED"),
+    )
 
 
 def _list_steps(place: Target, found: _Found, *, as_json: bool) -> None:
     run = place.require_run()
-    manifests = found.by_run.get(run, [])
+    steps = found.runs[run].steps if run in found.runs else []
     tags = tagging.listed(place.objects, run)
     if as_json:
         checkpoints = [
-            {
-                "step": manifest.step,
-                "created": manifest.created,
-                "tags": list(tags.get(manifest.step, ())),
-                "metrics": to_json(manifest.metrics),
-                "raw_bytes": manifest.raw_bytes,
-                "stored_bytes": manifest.stored_bytes,
-                "new_bytes": manifest.new_bytes,
-            }
-            for manifest in manifests
+            {**step, "tags": list(tags.get(step["step"], ())), "metrics": to_json(step["metrics"])} for step in steps
         ]
         store = place.objects.url
         print_json({"store": store, "run": run, "checkpoints": checkpoints, "damaged": found.damaged_json()})
@@ -147,15 +158,15 @@ def _list_steps(place: Target, found: _Found, *, as_json: bool) -> None:
         ("STEP", "SAVED (UTC)", "LOGICAL", "STORED", "NEW", "METRICS", *(("TAGS",) if tags else ())),
         [
             (
-                str(manifest.step),
-                time_text(manifest.created),
-                bytes_text(manifest.raw_bytes),
-                bytes_text(manifest.stored_bytes),
-                bytes_text(manifest.new_bytes),
-                "  ".join(f"{name}={to_text(value)}" for name, value in pairs(manifest.metrics)),
-                *((" ".join(tags.get(manifest.step, ())),) if tags else ()),
+                str(step["step"]),
+                time_text(step["created"]),
+                bytes_text(step["raw_bytes"]),
+                bytes_text(step["stored_bytes"]),
+                bytes_text(step["new_bytes"]),
+                "  ".join(f"{name}={to_text(value)}" for name, value in pairs(step["metrics"])),
+                *((" ".join(tags.get(step["step"], ())),) if tags else ()),
             )
-            for manifest in manifests
+            for step in steps
         ],
         right=("STEP", "LOGICAL", "STORED", "NEW"),
     )

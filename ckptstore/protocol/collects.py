@@ -15,7 +15,18 @@ from ckptstore.manifest import Condemned, Ended, Session, decode_session, encode
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.candidates import read_condemned
 from ckptstore.protocol.deletes import bury
-from ckptstore.protocol.operations import Clock, Create, Delete, Get, List, Operation, Pause, Sync, in_batches
+from ckptstore.protocol.operations import (
+    PREFIXES_AT_A_TIME,
+    Clock,
+    Create,
+    Delete,
+    Get,
+    List,
+    Operation,
+    Pause,
+    Sync,
+    in_batches,
+)
 from ckptstore.protocol.roots import Roots, read_roots
 
 TOMBSTONE_SECONDS = 7 * 24 * 3600.0
@@ -23,7 +34,6 @@ TOMBSTONE_SECONDS = 7 * 24 * 3600.0
 KEYS_IN_A_LIST = 50_000
 """A save reads every condemned list, so none is larger than some MB."""
 KEYS_AT_A_TIME = 10_000
-PREFIXES_AT_A_TIME = 16
 POLL_SECONDS = 2.0
 
 

@@ -106,6 +106,10 @@ class Pause(Struct, frozen=True):
     seconds: float
 
 
+PREFIXES_AT_A_TIME = 16
+"""Of the 256 by which many chunks are listed: what they hold has to fit in memory."""
+
+
 def in_batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
     """The items in lists of `size`, the last one shorter."""
     for start in range(0, len(items), size):

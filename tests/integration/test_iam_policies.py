@@ -109,7 +109,7 @@ class Iam:
     names: Iterator[int]
 
     def client(self, service: str, keys: dict[str, str]) -> Any:
-        import boto3  # type: ignore[import-untyped]
+        import boto3
 
         return boto3.client(
             service,

@@ -18,7 +18,7 @@ import torch
 import ckptstore
 from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, SESSIONS
 from ckptstore.manifest import decode_condemned
-from ckptstore.usage import read_all
+from ckptstore.usage import manifests
 
 FLOATS = 20_000
 """Of each tensor: enough for a chunk of its own."""
@@ -200,7 +200,7 @@ def check(place: Place, journals: list[Journal], outcome: Outcome) -> None:
 
 def _garbage(store: ckptstore.Store) -> list[str]:
     objects = store._objects
-    needed = {ref.key for found in read_all(objects).values() for manifest in found for ref in manifest.chunks}
+    needed = {ref.key for manifest in manifests(objects) for ref in manifest.chunks}
     left = [row.key for prefix in (CHUNKS, DELTAS, SESSIONS) for row in objects.list(prefix) if row.key not in needed]
     for row in objects.list(CONDEMNED):
         content = objects.get(row.key)

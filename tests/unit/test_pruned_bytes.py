@@ -2,12 +2,14 @@
 
 import tracemalloc
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ckptstore import Store, pruning
+from ckptstore import Store, catalog
+from ckptstore.cli import listing
+from ckptstore.cli.target import Target
 from ckptstore.condemning import condemn_keys
 from ckptstore.manifest import ChunkRef, Manifest, Marker, Writer, encode
 from ckptstore.objects.memory import MemoryObjects
@@ -84,17 +86,26 @@ def test_a_checkpoint_that_needs_a_marked_chunk_stays_and_counts_for_no_rule(obj
     ]
 
 
-def test_a_prune_holds_the_manifests_of_a_few_steps_at_a_time(
-    objects: MemoryObjects, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda objects: Store(objects).prune(keep_last=1, dry_run=True),
+        lambda objects: Store(objects).usage(),
+        lambda objects: listing._read(Target(objects)),
+    ],
+    ids=["prune", "du", "ls"],
+)
+def test_who_reads_all_manifests_holds_those_of_a_few_steps_at_a_time(
+    objects: MemoryObjects, monkeypatch: pytest.MonkeyPatch, look: Callable[[MemoryObjects], object]
 ) -> None:
-    monkeypatch.setattr(pruning, "STEPS_AT_A_TIME", 4)
+    monkeypatch.setattr(catalog, "STEPS_AT_A_TIME", 4)
     shared = [ref(number, 1) for number in range(1000)]
 
     def peak(checkpoints: int) -> int:
         for step in range(checkpoints):
             put(objects, step, *shared)
         tracemalloc.start()
-        assert len(Store(objects).prune(keep_last=1, dry_run=True).removed) == checkpoints - 1
+        look(objects)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
