@@ -297,6 +297,12 @@ def _ls_run(store: Store, size: Size) -> None:
     _list(store, "run-000")
 
 
+def _du(store: Store, size: Size) -> None:
+    usage = store.usage()
+    _check(sum(run.checkpoints for run in usage.runs.values()), size.checkpoints)
+    _check(usage.unreferenced_bytes > 0, True)
+
+
 def _list(store: Store, run: str | None) -> None:
     from ckptstore.cli import listing
     from ckptstore.cli.target import Target
@@ -314,6 +320,7 @@ OPERATIONS: dict[str, Callable[[Store, Size], None]] = {
     "verify(quick=True)": _verify,
     "prune(dry_run=True)": _prune,
     "ls STORE": _ls,
+    "du STORE": _du,
     "ls STORE/RUN": _ls_run,
     "run.latest()": _latest,
     "run.steps()": _steps,

@@ -10,6 +10,7 @@ import torch
 
 import ckptstore
 from ckptstore.cli import main
+from ckptstore.condemning import condemn_keys
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.testing import FailingObjects
@@ -147,6 +148,39 @@ def test_a_damaged_checkpoint_is_named_and_the_others_stay(place: Objects) -> No
         assert_same(run.load(step), saved[step])
     # It is marked now, so the next compaction passes over it.
     assert ckptstore.Store(place).run("run").compact(keep_fast=1).passed_over == [0]
+
+
+def two_copies(place: Objects) -> tuple[str, str]:
+    """Checkpoints 0 and 1 that need the same content and have a copy each, of which these are the keys."""
+    run = ckptstore.Store(place).run("run")
+    run.save({"x": torch.arange(FLOATS)}, step=0)
+    [old] = [ref.key for ref in run.checkpoint(0)._manifest.chunks]
+    condemn_keys(place, [old])
+    ckptstore.Store(place).run("run").save({"x": torch.arange(FLOATS), "more": 1}, step=1)
+    for row in place.list("condemned/"):
+        place.delete(row.key)
+    [new] = [ref.key for ref in run.checkpoint(1)._manifest.chunks]
+    assert old != new
+    return old, new
+
+
+def test_of_two_copies_the_older_checkpoint_takes_up_that_of_the_newer(place: Objects) -> None:
+    old, new = two_copies(place)
+    ckptstore.Store(place).run("run").compact(keep_fast=1)
+    assert [ref.key for ref in ckptstore.Store(place).run("run").checkpoint(0)._manifest.chunks] == [new]
+    ckptstore.Store(place).collect()
+    assert place.get(old) is None
+    assert_same(ckptstore.Store(place).run("run").load(0), {"x": torch.arange(FLOATS)})
+
+
+def test_a_copy_that_is_rotten_is_not_taken_up(place: Objects) -> None:
+    old, new = two_copies(place)
+    content = bytearray(place.get(new) or b"")
+    content[len(content) // 2] ^= 1
+    place.put(new, content)
+    ckptstore.Store(place).run("run").compact(keep_fast=1)
+    assert [ref.key for ref in ckptstore.Store(place).run("run").checkpoint(0)._manifest.chunks] == [old]
+    assert_same(ckptstore.Store(place).run("run").load(0), {"x": torch.arange(FLOATS)})
 
 
 def test_killed_at_any_call_it_leaves_every_checkpoint_whole() -> None:

@@ -361,6 +361,22 @@ def test_a_checkpoint_that_is_deleted_takes_its_tags_along(objects: Objects, sto
     assert [row.key for row in objects.list("tags/")] == [str(TagKey("lstm", 30, "c"))]
 
 
+def test_a_step_that_is_deleted_and_saved_again_has_no_tags(store: ckptstore.Store) -> None:
+    run = store.run("lstm")
+    run.tag(50, "best")
+    run.delete(50)
+    run.save({"again": True}, step=50)
+    assert run.tags() == {}
+    assert [row.step for row in store.prune("lstm", keep_tags=["best"], keep_last=1).kept] == [50]  # as the newest
+
+
+def test_a_step_that_is_replaced_keeps_its_tags(store: ckptstore.Store) -> None:
+    run = store.run("lstm")
+    run.tag(50, "best")
+    run.save({"again": True}, step=50, replace=True)
+    assert run.tags() == {50: ("best",)}
+
+
 def test_a_tag_that_was_left_behind_shows_nowhere(objects: Objects, store: ckptstore.Store) -> None:
     objects.put(str(TagKey("lstm", 25, "ghost")), b"x")
     objects.put("tags/lstm/notes.txt", b"x")
