@@ -28,6 +28,7 @@ from ckptstore.errors import (
     UnavailableError,
     UnsupportedFormatError,
 )
+from ckptstore.portable import safetensors_files
 from ckptstore.run import Run
 from ckptstore.store import Store
 from ckptstore.tree import TORCH_DTYPES, register, registry
@@ -326,7 +327,7 @@ def test_without_the_package_the_error_says_how_to_install_it(
 
 
 def test_a_tree_too_large_for_the_header_is_refused(run: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portable, "MAX_HEADER_BYTES", 2000)
+    monkeypatch.setattr(safetensors_files, "MAX_HEADER_BYTES", 2000)
     run.save({"words": "x" * 3000}, step=3)
     with pytest.raises(InvalidInputError, match=r"too many values .*Export to a \.pt file"):
         run.export(file)
@@ -349,9 +350,9 @@ def changed(file: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    document = json.loads(metadata[portable.TREE_KEY])
+    document = json.loads(metadata[safetensors_files.TREE_KEY])
     change(document, tensors)
-    metadata[portable.TREE_KEY] = json.dumps(document)
+    metadata[safetensors_files.TREE_KEY] = json.dumps(document)
     save_file(tensors, file, metadata=metadata)
 
 
@@ -422,7 +423,7 @@ def test_a_file_that_appears_meanwhile_is_left_as_it_is(
 ) -> None:
     file = file.with_suffix(f".{ending}")
     run.save({"w": torch.ones(1)}, step=3)
-    monkeypatch.setattr(portable, "_check_destination", lambda path, overwrite: path.write_text("quicker"))
+    monkeypatch.setattr(portable, "check_destination", lambda path, overwrite: path.write_text("quicker"))
     with pytest.raises(ConflictError):
         run.export(file)
     assert [path.read_text() for path in file.parent.iterdir()] == ["quicker"]
@@ -518,6 +519,6 @@ def test_however_many_paths_read_the_same_each_name_is_tried_once(
 
     manifest = store.run("run").save({}, step=1)._manifest
     path, count = Counted("a"), 200
-    monkeypatch.setattr(portable, "tensors", lambda tree, lengths: [(path, None)] * count)
-    assert portable._names(manifest) == ["a", *(f"a#{number}" for number in range(2, count + 1))]
+    monkeypatch.setattr(safetensors_files, "tensors", lambda tree, lengths: [(path, None)] * count)
+    assert safetensors_files.names_of(manifest) == ["a", *(f"a#{number}" for number in range(2, count + 1))]
     assert tried == count - 1

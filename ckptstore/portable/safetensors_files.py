@@ -1,17 +1,9 @@
-"""Checkpoints as files that other programs read, and such files as states: `.safetensors` and torch's own `.pt`.
+"""Checkpoints as `.safetensors` files, and such files as states, through the package of that name."""
 
-A `.safetensors` file of ours holds each tensor under its path, and in its metadata the skeleton of the tree, so that
-importing it gives back what was exported. docs/reference/cli.md says what each format keeps.
-"""
-
-import contextlib
 import json
-import os
-import secrets
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -21,203 +13,19 @@ import numpy as np
 import torch
 
 from ckptstore.assembly import Assembly
-from ckptstore.condemning import condemn_corrupt
-from ckptstore.errors import (
-    ConflictError,
-    CorruptError,
-    InvalidInputError,
-    NotFoundError,
-    UnavailableError,
-    UnsupportedFormatError,
-    retold,
-)
+from ckptstore.errors import CorruptError, InvalidInputError, UnavailableError, UnsupportedFormatError
 from ckptstore.manifest import Manifest
-from ckptstore.objects.base import Objects
-from ckptstore.pipeline import Progress
+from ckptstore.portable.content import Portable
 from ckptstore.skeleton import TAG, TensorNode, contiguous_stride, tensor_places, tensors
 from ckptstore.tree import TORCH_DTYPES, TensorLeaf, flatten, unflatten
 
-__all__ = ["SUFFIXES", "Portable", "export_file", "read_file"]
+__all__ = ["check_dtypes", "names_of", "read", "require", "write"]
 
 TREE_KEY = "ckptstore.tree"
 CHECKPOINT_KEY = "ckptstore.checkpoint"
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 DOCUMENT_VERSION = 1
 MAX_HEADER_BYTES = 90_000_000
 """Readers of safetensors refuse a header beyond 100 MB; escapes may make it a little longer than its texts."""
-
-
-@dataclass(slots=True)
-class Portable:
-    """What was read from a file.
-
-    Attributes:
-        tree: the skeleton; the nodes of its tensors are those of `leaves`, to be filled in by whoever stores it.
-        leaves: its tensors.
-        metrics: the skeleton of the metrics; None if the file has none.
-        metadata: the skeleton of the metadata; likewise.
-    """
-
-    tree: Any
-    leaves: list[TensorLeaf]
-    metrics: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
-
-
-def export_file(
-    objects: Objects,
-    manifest: Manifest,
-    path: str | os.PathLike[str],
-    *,
-    threads: int,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Write a checkpoint, every byte of it verified, to a file that appears whole or not at all.
-
-    Raises:
-        InvalidInputError: the name's ending is none that we write, or the format cannot hold a tensor, which is named.
-        ConflictError: the file is there, and `overwrite` is False.
-        CorruptError: the checkpoint is damaged; the text names the tensors.
-        UnavailableError: the store or the disk failed.
-    """
-    file = _checked(path)
-    with _explained("write", file):
-        _check_destination(file, overwrite=overwrite)
-    if file.suffix == ".safetensors":
-        _require_safetensors()
-        names = _names(manifest)
-        _check_dtypes(manifest, names)
-        found = _filled(objects, manifest, threads, progress)
-        _write(file, lambda temporary: _write_safetensors(temporary, found, names), overwrite=overwrite)
-        return
-    _check_torch_has_dtypes(manifest)
-    found = _filled(objects, manifest, threads, progress)
-    # Values of registered types as the plain trees that they were saved as: their pickles would run code.
-    state = unflatten(manifest.tree, lambda node, _: found.value(node), manifest.segment_bytes, describe=True)
-    _write(file, lambda temporary: _write_torch(temporary, state), overwrite=overwrite)
-
-
-def read_file(path: str | os.PathLike[str]) -> Portable:
-    """The state in a `.safetensors` file, or in a file of `torch.save`. No code that the file brings along runs.
-
-    Raises:
-        NotFoundError: there is no such file.
-        InvalidInputError: it is no such file, or holds what only code could make.
-        UnavailableError: it cannot be read.
-    """
-    file = _checked(path)
-    # So that a missing or forbidden file is told apart from one with strange content.
-    with _explained("read", file), file.open("rb"):
-        pass
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    tree, leaves = flatten(_read_torch(file))
-    return Portable(tree, leaves)
-
-
-# ---- files
-
-
-def _checked(path: str | os.PathLike[str]) -> Path:
-    file = Path(path)
-    if file.suffix not in SUFFIXES:
-        raise InvalidInputError(f"{file} is of a kind that is not known: its name must end in {', '.join(SUFFIXES)}.")
-    return file
-
-
-def _check_destination(file: Path, *, overwrite: bool) -> None:
-    if not file.parent.is_dir():
-        raise NotFoundError(f"there is no folder {file.parent}. Make it first.")
-    if file.is_dir():
-        raise InvalidInputError(f"{file} is a folder. Name a file.")
-    if file.exists() and not overwrite:
-        raise _exists(file)
-
-
-def _exists(file: Path) -> ConflictError:
-    return ConflictError(f"{file} exists, and is left as it is. Choose another name, or overwrite it on purpose.")
-
-
-def _write(file: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
-    """Let `write` fill a temporary file beside `file`, and give it its name when it is durable."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
-    with _explained("write", file):
-        try:
-            # Made here, so that who may read it is what the user's umask says; safetensors would let the owner alone.
-            temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode
-            write(temporary)
-            temporary.chmod(mode)
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            _rename(temporary, file, overwrite=overwrite)
-            _sync_folder(file.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _rename(temporary: Path, file: Path, *, overwrite: bool) -> None:
-    if overwrite:
-        temporary.replace(file)
-        return
-    try:
-        file.hardlink_to(temporary)
-    except FileExistsError:
-        raise _exists(file) from None
-    except OSError:
-        # A file system without hard links: what is left is a moment in which another program could make the file.
-        if file.exists():
-            raise _exists(file) from None
-        temporary.replace(file)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # Some file systems cannot; the file itself is durable.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _explained(action: str, file: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file {file}.") from error
-    except OSError as error:
-        raise UnavailableError(f"cannot {action} {file}: {error.strerror or error}.") from error
-
-
-# ---- from the store
-
-
-def _filled(objects: Objects, manifest: Manifest, threads: int, progress: Progress | None) -> Assembly:
-    """Every tensor of the checkpoint in memory, verified."""
-    assembly = Assembly(manifest)
-    for _, node in tensors(manifest.tree, manifest.segment_bytes):
-        assembly.want(node)
-    total, read = assembly.stored_bytes(), 0
-
-    def count(stored_bytes: int) -> None:
-        nonlocal read
-        read += stored_bytes
-        if progress:
-            progress(read, total)
-
-    try:
-        assembly.fill(objects, threads, count)
-    except CorruptError as error:
-        condemn_corrupt(objects, error)
-        raise retold(error, f"{error}. Export another step; `ckptstore verify` lists all damage.") from error
-    return assembly
-
-
-# ---- safetensors
 
 
 class _Document(msgspec.Struct, forbid_unknown_fields=True):
@@ -242,7 +50,7 @@ _DOCUMENT_DECODER = msgspec.json.Decoder(_Document)
 _ABOUT_DECODER = msgspec.json.Decoder(_About)
 
 
-def _require_safetensors() -> Any:
+def require() -> Any:
     """The package that reads and writes the format. Raises InvalidInputError if it is not installed."""
     try:
         import safetensors.torch
@@ -253,7 +61,7 @@ def _require_safetensors() -> Any:
     return safetensors
 
 
-def _names(manifest: Manifest) -> list[str]:
+def names_of(manifest: Manifest) -> list[str]:
     """A name for each tensor: its path; with a number where paths read the same ({"a.b": …} and {"a": {"b": …}})."""
     names: dict[str, None] = {}
     last_number: dict[str, int] = {}  # so that it takes no longer the more paths read the same
@@ -267,7 +75,8 @@ def _names(manifest: Manifest) -> list[str]:
     return list(names)
 
 
-def _check_dtypes(manifest: Manifest, names: Sequence[str]) -> None:
+def check_dtypes(manifest: Manifest, names: Sequence[str]) -> None:
+    """Raise InvalidInputError, naming the tensor, if the format lacks a dtype."""
     for name, (_, node) in zip(names, tensors(manifest.tree, manifest.segment_bytes), strict=True):
         dtype = _torch_dtype(node)
         if dtype is None or not _can_be_written(dtype):
@@ -292,14 +101,15 @@ def _can_be_written(dtype: torch.dtype) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's word on experimental dtypes
         try:
-            _require_safetensors().torch.save({"tensor": torch.empty(0, dtype=dtype)})
+            require().torch.save({"tensor": torch.empty(0, dtype=dtype)})
         except Exception:  # a KeyError today; whatever it is, this dtype cannot be written
             return False
     return True
 
 
-def _write_safetensors(temporary: Path, assembly: Assembly, names: Sequence[str]) -> None:
-    safetensors = _require_safetensors()
+def write(temporary: Path, assembly: Assembly, names: Sequence[str]) -> None:
+    """Fill the file: each tensor under its name, the tree in the metadata. Raises InvalidInputError."""
+    safetensors = require()
     manifest = assembly.manifest
     lengths = manifest.segment_bytes
     nodes = [node for _, node in tensors(manifest.tree, lengths)]
@@ -342,8 +152,9 @@ def _as_tensor(value: Any) -> torch.Tensor:
     return torch.from_numpy(cast("np.ndarray[Any, Any]", value))
 
 
-def _read_safetensors(file: Path) -> Portable:
-    safetensors = _require_safetensors()
+def read(file: Path) -> Portable:
+    """The state that was exported to it, or a flat dict of its tensors. Raises InvalidInputError."""
+    safetensors = require()
     try:
         with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
@@ -450,64 +261,3 @@ def _small_values(node: Any) -> dict[str, Any] | None:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CorruptError("its metrics or its metadata are no dict")
     return cast("dict[str, Any]", node)
-
-
-# ---- torch.save
-
-
-def _check_torch_has_dtypes(manifest: Manifest) -> None:
-    for path, node in tensors(manifest.tree, manifest.segment_bytes):
-        if node.tag == "tensor" and node.dtype not in TORCH_DTYPES:
-            raise UnsupportedFormatError(
-                f"{path} has dtype {node.dtype}, which torch {torch.__version__} lacks: install a newer torch."
-            )
-
-
-def _write_torch(temporary: Path, state: Any) -> None:
-    # Not by the path: torch would write the temporary file's name into the file.
-    with temporary.open("wb") as opened:
-        torch.save(state, opened)
-
-
-def _read_torch(file: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_harmless()):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types, and its texts advise to run the code
-        unsafe = _unsafe_globals(file)
-        if unsafe:
-            raise InvalidInputError(
-                f"{file} holds objects that only running code could make ({', '.join(unsafe)}), and no code from files "
-                "is run here. If you trust it, load it with torch.load yourself, take out what is plain tensors and "
-                "numbers, and save that with run.save()."
-            ) from error
-        raise InvalidInputError(
-            f"{file} cannot be read as a file of torch.save with weights_only=True: {_reason(error)}."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What torch says, without its advice."""
-    lines = [line.strip().rstrip(".") for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines()]
-    return next(filter(None, lines), type(error).__name__)
-
-
-def _harmless() -> list[Any]:
-    """What torch.load would refuse, although a state may hold it, and making it runs no code of the file."""
-    array = np.empty(0)
-    return [
-        frozenset,
-        np.ndarray,
-        np.dtype,
-        array.__reduce__()[0],  # numpy's own functions, whatever module this version has them in
-        cast(Any, np.float64(0).__reduce__())[0],
-        *(kind for kind in vars(np.dtypes).values() if isinstance(kind, type) and issubclass(kind, np.dtype)),
-    ]
-
-
-def _unsafe_globals(file: Path) -> list[str]:
-    try:
-        with torch.serialization.safe_globals(_harmless()):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # it is no such file at all
-        return []

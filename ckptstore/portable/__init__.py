@@ -1,0 +1,104 @@
+"""Checkpoints as files that other programs read, and such files as states: `.safetensors` and torch's own `.pt`.
+
+A `.safetensors` file of ours holds each tensor under its path, and in its metadata the skeleton of the tree, so that
+importing it gives back what was exported. docs/reference/cli.md says what each format keeps.
+"""
+
+import os
+from pathlib import Path
+
+from ckptstore.assembly import Assembly
+from ckptstore.condemning import condemn_corrupt
+from ckptstore.errors import CorruptError, InvalidInputError, retold
+from ckptstore.manifest import Manifest
+from ckptstore.objects.base import Objects
+from ckptstore.pipeline import Progress
+from ckptstore.portable import safetensors_files, torch_files
+from ckptstore.portable.content import Portable
+from ckptstore.portable.files import check_destination, explained, write_whole
+from ckptstore.skeleton import tensors
+from ckptstore.tree import flatten, unflatten
+
+__all__ = ["SUFFIXES", "Portable", "export_file", "read_file"]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+
+
+def export_file(
+    objects: Objects,
+    manifest: Manifest,
+    path: str | os.PathLike[str],
+    *,
+    threads: int,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint, every byte of it verified, to a file that appears whole or not at all.
+
+    Raises:
+        InvalidInputError: the name's ending is none that we write, or the format cannot hold a tensor, which is named.
+        ConflictError: the file is there, and `overwrite` is False.
+        CorruptError: the checkpoint is damaged; the text names the tensors.
+        UnavailableError: the store or the disk failed.
+    """
+    file = _checked(path)
+    with explained("write", file):
+        check_destination(file, overwrite=overwrite)
+    if file.suffix == ".safetensors":
+        safetensors_files.require()
+        names = safetensors_files.names_of(manifest)
+        safetensors_files.check_dtypes(manifest, names)
+        found = _filled(objects, manifest, threads, progress)
+        write_whole(file, lambda temporary: safetensors_files.write(temporary, found, names), overwrite=overwrite)
+        return
+    torch_files.check_dtypes(manifest)
+    found = _filled(objects, manifest, threads, progress)
+    # Values of registered types as the plain trees that they were saved as: their pickles would run code.
+    state = unflatten(manifest.tree, lambda node, _: found.value(node), manifest.segment_bytes, describe=True)
+    write_whole(file, lambda temporary: torch_files.write(temporary, state), overwrite=overwrite)
+
+
+def read_file(path: str | os.PathLike[str]) -> Portable:
+    """The state in a `.safetensors` file, or in a file of `torch.save`. No code that the file brings along runs.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InvalidInputError: it is no such file, or holds what only code could make.
+        UnavailableError: it cannot be read.
+    """
+    file = _checked(path)
+    # So that a missing or forbidden file is told apart from one with strange content.
+    with explained("read", file), file.open("rb"):
+        pass
+    if file.suffix == ".safetensors":
+        return safetensors_files.read(file)
+    tree, leaves = flatten(torch_files.read(file))
+    return Portable(tree, leaves)
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    if file.suffix not in SUFFIXES:
+        raise InvalidInputError(f"{file} is of a kind that is not known: its name must end in {', '.join(SUFFIXES)}.")
+    return file
+
+
+def _filled(objects: Objects, manifest: Manifest, threads: int, progress: Progress | None) -> Assembly:
+    """Every tensor of the checkpoint in memory, verified."""
+    assembly = Assembly(manifest)
+    for _, node in tensors(manifest.tree, manifest.segment_bytes):
+        assembly.want(node)
+    total, read = assembly.stored_bytes(), 0
+
+    def count(stored_bytes: int) -> None:
+        nonlocal read
+        read += stored_bytes
+        if progress:
+            progress(read, total)
+
+    try:
+        assembly.fill(objects, threads, count)
+    except CorruptError as error:
+        condemn_corrupt(objects, error)
+        raise retold(error, f"{error}. Export another step; `ckptstore verify` lists all damage.") from error
+    return assembly
