@@ -102,28 +102,42 @@ def compact(
             pinned=frozenset(pinned),
             hanging=_hanging(own[:number]),
         )
-        try:
-            performer = Performer(objects, _stored_chunks(objects, old), codec, threads)
-            made = performer.perform(protocol.compact(request))
-        except ConflictError:
-            report.passed_over.append(old.step)
-        except CorruptError as error:
-            condemn_corrupt(objects, error)
-            raise retold(
-                error, f"step {old.step} of run {run!r}: {error}. `ckptstore verify` lists all damage."
-            ) from error
-        else:
-            if performer.damaged:
-                condemn_corrupt(objects, *performer.damaged)
-                report.passed_over.append(old.step)
-            if made is not None:
-                own[number] = made
-                report.compacted.append(old.step)
+        made = _compact_one(objects, request, old, codec, threads, report)
+        if made is not None:
+            own[number] = made
         done += old.raw_bytes
         if progress:
             progress(done, total)
     report.bytes_after = _size(own)
     return report
+
+
+def _compact_one(
+    objects: Objects,
+    request: protocol.CompactRequest,
+    old: Manifest,
+    codec: Codec,
+    threads: int,
+    report: CompactReport,
+) -> Manifest | None:
+    """Compact one checkpoint and report it; return the manifest that has taken its place, if one has."""
+    try:
+        performer = Performer(objects, _stored_chunks(objects, old), codec, threads)
+        made = performer.perform(protocol.compact(request))
+    except ConflictError:
+        report.passed_over.append(old.step)
+        return None
+    except CorruptError as error:
+        condemn_corrupt(objects, error)
+        raise retold(
+            error, f"step {old.step} of run {old.run!r}: {error}. `ckptstore verify` lists all damage."
+        ) from error
+    if performer.damaged:
+        condemn_corrupt(objects, *performer.damaged)
+        report.passed_over.append(old.step)
+    if made is not None:
+        report.compacted.append(old.step)
+    return made
 
 
 def _read(objects: Objects, run: str) -> tuple[list[Manifest], set[str]]:

@@ -271,6 +271,7 @@ class Run:
         path: str | os.PathLike[str],
         *,
         step: int | None = None,
+        expect: str | None = None,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> Checkpoint:
@@ -284,6 +285,7 @@ class Run:
         Args:
             path: the file.
             step: which checkpoint; None is the newest.
+            expect: the `digest` of the checkpoint that it has to be.
             overwrite: put the new file in the place of one that is there.
             progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
 
@@ -292,16 +294,17 @@ class Run:
 
         Raises:
             InvalidInputError: the format cannot hold a tensor, which is named; or `path` has another ending; or the
-                package safetensors is not installed. No file was written.
+                package safetensors is not installed; or `expect` is no digest. No file was written.
             ConflictError: there is such a file, and `overwrite` is False.
             NotFoundError: there is no such store, run, step or folder.
-            CorruptError: the checkpoint is damaged; the text names the tensors.
+            CorruptError: the checkpoint is damaged, the text names the tensors; or it is not the one that is expected.
             UnavailableError: the backend or the disk failed.
         """
         from ckptstore import portable
 
+        expected = None if expect is None else check_digest(expect)
         self._wait()
-        manifest = self._manifest(step)
+        manifest = catalog.require_digest(self._manifest(step), expected)
         portable.export_file(
             self._objects, manifest, path, threads=self._threads, overwrite=overwrite, progress=progress
         )

@@ -28,6 +28,10 @@ NewTarget = Annotated[
     ),
 ]
 Replace = Annotated[bool, typer.Option("--replace", help="Put it in the place of another state of that step.")]
+Expect = Annotated[
+    str | None,
+    typer.Option("--expect", metavar="DIGEST", help="Write it only if it is this one: a digest as show prints it."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite FILE if it is there.")]
 
 
@@ -53,6 +57,7 @@ def export(
     target: options.Target,
     file: Output,
     force: Force = False,
+    expect: Expect = None,
     storage_options: options.StorageOptions = None,
     as_json: options.Json = False,
 ) -> int:
@@ -68,7 +73,7 @@ def export(
     place = resolve(target, parse_options(storage_options))
     run = Store(place.objects).run(place.require_run())
     with progress_bar("exporting", shown=not as_json) as progress:
-        checkpoint = run.export(file, step=place.step, overwrite=force, progress=progress)
+        checkpoint = run.export(file, step=place.step, expect=expect, overwrite=force, progress=progress)
     size = file.stat().st_size
     if as_json:
         print_json(_document(place.objects.url, checkpoint, file) | {"file_bytes": size})

@@ -4,7 +4,14 @@ Generators yield operations and are sent their results; whoever drives them (per
 interleaving) decides how they are carried out. docs/explanation/protocol.md says why it is safe.
 """
 
-from ckptstore.protocol.candidates import Candidate, current, may_be_committed, read_candidate, read_condemned
+from ckptstore.protocol.candidates import (
+    UNREADABLE_LIST,
+    Candidate,
+    current,
+    may_be_committed,
+    read_candidate,
+    read_condemned,
+)
 from ckptstore.protocol.collects import Collected, CollectRequest, collect
 from ckptstore.protocol.compactions import CompactRequest, compact
 from ckptstore.protocol.deletes import bury_all, delete
@@ -24,7 +31,7 @@ from ckptstore.protocol.operations import (
     Upload,
     Uploaded,
 )
-from ckptstore.protocol.repairs import UNREADABLE_LIST, Repaired, RepairRequest, repair
+from ckptstore.protocol.repairs import Repaired, RepairRequest, repair
 from ckptstore.protocol.saves import SaveRequest, save
 
 __all__ = [

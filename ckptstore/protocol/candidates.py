@@ -11,6 +11,12 @@ from ckptstore.manifest import Condemned, Ended, Manifest, decode_condemned, dec
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.operations import Get, List, Operation
 
+UNREADABLE_LIST = (
+    "a list of condemned chunks cannot be read, so which chunks are good is not known. Nothing was changed. `ckptstore "
+    "verify` names the list; delete it when no job saves, verify the store again, which makes the marks anew, and do "
+    "this again then."
+)
+
 
 class Candidate(Struct, frozen=True):
     """A manifest of a step: what it says, or None if it cannot be read, and the store's last-modified time."""

@@ -12,10 +12,10 @@ import msgspec
 from msgspec import Struct, field
 
 from ckptstore.deltas import Held, find_bases, heads, held_chunks, table
-from ckptstore.errors import ConflictError, UnavailableError
+from ckptstore.errors import ConflictError, CorruptError
 from ckptstore.format import ManifestKey
 from ckptstore.manifest import Manifest, Writer, format_naming
-from ckptstore.protocol.candidates import read_candidate, read_condemned
+from ckptstore.protocol.candidates import UNREADABLE_LIST, read_candidate, read_condemned
 from ckptstore.protocol.operations import Check, Get, Operation, Sync, Upload, Uploaded
 from ckptstore.protocol.rewrites import changed, in_place_of, rewrite
 
@@ -46,7 +46,7 @@ def compact(request: CompactRequest) -> Generator[Operation, Any, Manifest | Non
 
     Raises:
         ConflictError: it or the newer one is there no more, or needs chunks that are marked.
-        CorruptError: a chunk of it is damaged.
+        CorruptError: a chunk of it is damaged, or a list of condemned chunks cannot be read.
         FencedError, UnavailableError: as for a save.
     """
     making = _assemble(request)
@@ -56,7 +56,7 @@ def compact(request: CompactRequest) -> Generator[Operation, Any, Manifest | Non
 def _assemble(request: CompactRequest) -> Generator[Operation, Any, tuple[Manifest | None, Manifest | None]]:
     lists = yield from read_condemned()
     if None in lists:
-        raise UnavailableError("a list of condemned chunks cannot be read: `ckptstore verify` names it.")
+        raise CorruptError(UNREADABLE_LIST)
     condemned = {key for each in lists if each for key in each.keys}
     old = yield from _read(request.manifest)
     newer = yield from _read(request.newer)

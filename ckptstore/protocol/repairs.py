@@ -15,15 +15,9 @@ from ckptstore.errors import CorruptError
 from ckptstore.format import CHUNKS, MAX_DELTA_DEPTH, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey
 from ckptstore.manifest import ChunkRef, Manifest, Writer, format_naming
 from ckptstore.objects.base import ObjectInfo
-from ckptstore.protocol.candidates import read_candidate, read_condemned
+from ckptstore.protocol.candidates import UNREADABLE_LIST, read_candidate, read_condemned
 from ckptstore.protocol.operations import Check, Get, List, Operation, Sync
 from ckptstore.protocol.rewrites import changed, in_place_of, rewrite
-
-UNREADABLE_LIST = (
-    "a list of condemned chunks cannot be read, so which chunks are good is not known. Nothing was changed. `ckptstore "
-    "verify` names the list; delete it when no job saves, verify the store again, which makes the marks anew, and do "
-    "this again then."
-)
 
 
 class RepairRequest(Struct, frozen=True):

@@ -11,6 +11,7 @@ import torch
 import ckptstore
 from ckptstore.cli import main
 from ckptstore.condemning import condemn_keys
+from ckptstore.format import condemned_key
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.testing import FailingObjects
@@ -181,6 +182,15 @@ def test_a_copy_that_is_rotten_is_not_taken_up(place: Objects) -> None:
     ckptstore.Store(place).run("run").compact(keep_fast=1)
     assert [ref.key for ref in ckptstore.Store(place).run("run").checkpoint(0)._manifest.chunks] == [old]
     assert_same(ckptstore.Store(place).run("run").load(0), {"x": torch.arange(FLOATS)})
+
+
+def test_a_list_of_marks_that_cannot_be_read_stops_it(place: Objects) -> None:
+    saved = trained(place, 3)
+    place.put(condemned_key(32 * "a"), b"damaged")
+    with pytest.raises(ckptstore.CorruptError, match="a list of condemned chunks cannot be read"):
+        ckptstore.Store(place).run("run").compact(keep_fast=1)
+    place.delete(condemned_key(32 * "a"))
+    check(place, saved)
 
 
 def test_killed_at_any_call_it_leaves_every_checkpoint_whole() -> None:

@@ -240,6 +240,21 @@ def test_digests_that_people_have_written_down_stay_valid(version: int) -> None:
 # ---- the command line
 
 
+def test_only_what_is_expected_is_exported(
+    tmp_path: Path, run: Run, saved: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lstm.safetensors"
+    with pytest.raises(CorruptError, match="is not the checkpoint that is expected"):
+        run.export(file, expect=OTHER)
+    with pytest.raises(InvalidInputError):
+        run.export(file, expect="latest")
+    assert main(["export", f"{tmp_path}/ckpts/lstm", str(file), "--expect", OTHER]) == 1
+    assert not file.exists()
+    assert main(["export", f"{tmp_path}/ckpts/lstm", str(file), "--expect", saved.digest]) == 0
+    run.export(file, expect=saved.digest, overwrite=True)
+    assert file.exists()
+
+
 def test_show_prints_the_digest(tmp_path: Path, saved: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path / "ckpts/lstm@3")]) == 0
     assert f"digest           {saved.digest}\n" in capsys.readouterr().out
