@@ -4,19 +4,23 @@ The counterpart of segments.py. Knows manifests and memory; which tensors are wa
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import blake3
 import numpy as np
 import torch
 
+from ckptstore import chunk
 from ckptstore.decoding import decode_chain, each_of_chain, get_chain
 from ckptstore.errors import CorruptError, InvalidInputError, retold
 from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest
 from ckptstore.objects.base import Objects
+from ckptstore.peers import Group, Peers
 from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Stage, staged
+from ckptstore.sharing import Work, share
 from ckptstore.skeleton import TensorNode, contiguous_stride
 from ckptstore.tree import TORCH_DTYPES
 
@@ -47,6 +51,17 @@ class _Job:
         """What is held while it is under way: the objects, the planes of one, its base, and itself if it is copied."""
         is_delta = len(self.chain) > 1
         return self.stored + (1 + is_delta + (not self.wholes)) * self.raw
+
+    def new_room(self) -> ByteArray:
+        """Where its raw bytes go first: to the first place that takes them as a whole, if there is one."""
+        return self.wholes[0] if self.wholes else np.empty(self.raw, np.uint8)
+
+    def place(self, raw: ByteArray) -> None:
+        """Copy its raw bytes from there to all the others."""
+        for memory in self.wholes[1:]:
+            memory[:] = raw
+        for offset, memory in self.parts:
+            memory[:] = raw[offset : offset + len(memory)]
 
 
 class Assembly:
@@ -79,48 +94,84 @@ class Assembly:
         """Let the segment of `node` be written straight into `memory`, which is exactly as long."""
         self._memory[node.segment] = memory
 
-    def fill(self, objects: Objects, threads: int, progress: Callable[[int], None] | None = None) -> None:
+    def fill(
+        self,
+        objects: Objects,
+        threads: int,
+        progress: Callable[[int], None] | None = None,
+        peers: Peers | None = None,
+    ) -> None:
         """Fetch, verify and write every wanted segment.
 
         Args:
             objects: where the chunks are.
             threads: how many decode.
             progress: called with the stored bytes of each chunk that is done.
+            peers: processes that want the same, all of them: each chunk is fetched by one of them.
 
         Raises:
             CorruptError: a chunk is not what was saved, or (MissingChunkError) is not there; it names the tensors.
-            UnavailableError: the backend failed.
+            UnavailableError: the backend failed, or the peers have lost each other.
         """
-
-        def fetch(job: _Job) -> tuple[_Job, list[bytes]]:
-            with self._named(job):
-                return job, get_chain(objects, job.chain)
-
-        def write(fetched: tuple[_Job, list[bytes]]) -> None:
-            job, contents = fetched
-            self.has_written = True
-            with self._named(job):
-                try:
-                    _write(job, contents)
-                except CorruptError:
-                    # Once more: it may be the way, not the object, that is bad. If not, which object it is.
-                    contents.clear()
-                    _write(job, each_of_chain(objects, job.chain), verify_each=True)
-
         jobs = self._jobs()
         compiled.expect(sum(len(job.chain) * job.raw for job in jobs))
+        done = (lambda job: progress(job.stored)) if progress else None
+        if isinstance(peers, Group):
+            self._fill_together(jobs, objects, threads, done, peers)
+            return
         if objects.gets_wait:
-            stages = [Stage(fetch, objects.request_threads), Stage(write, threads)]
+            stages = [
+                Stage(lambda job: (job, self._fetch(objects, job)), objects.request_threads),
+                Stage(lambda fetched: self._write(objects, *fetched), threads),
+            ]
         else:
             # On one thread a chunk is still in its cache when it is decoded, and its memory is used for the next one.
-            stages = [Stage(lambda job: write(fetch(job)), threads)]
-        staged(
+            stages = [Stage(lambda job: self._write(objects, job, self._fetch(objects, job)), threads)]
+        staged(jobs, stages, weigh=lambda job: job.held_bytes, max_inflight_bytes=MAX_INFLIGHT_BYTES, done=done)
+
+    def wanted(self) -> str:
+        """By what to tell whether another process wants the same chunks: a digest of their names, in order."""
+        names = "".join(job.chain[-1].key for job in self._jobs())
+        return blake3.blake3(names.encode()).hexdigest()
+
+    def _fill_together(
+        self, jobs: Sequence[_Job], objects: Objects, threads: int, done: Callable[[_Job], None] | None, peers: Group
+    ) -> None:
+        """Raw bytes go from process to process, so that each chunk is also decoded only once."""
+        self.has_written = True
+        share(
             jobs,
-            stages,
-            weigh=lambda job: job.held_bytes,
-            max_inflight_bytes=MAX_INFLIGHT_BYTES,
-            done=(lambda job: progress(job.stored)) if progress else None,
+            peers,
+            Work(
+                room=lambda job: job.new_room(),
+                make=lambda job, raw: self._decode(objects, job, self._fetch(objects, job), raw),
+                is_whole=lambda job, raw: chunk.digest(raw) == job.chain[-1].digest,
+                place=lambda job, raw: job.place(raw),
+                weigh=lambda job: job.held_bytes,
+                done=done,
+            ),
+            making_threads=objects.request_threads if objects.gets_wait else threads,
+            threads=threads,
         )
+
+    def _fetch(self, objects: Objects, job: _Job) -> list[bytes]:
+        with self._named(job):
+            return get_chain(objects, job.chain)
+
+    def _write(self, objects: Objects, job: _Job, contents: list[bytes]) -> None:
+        self.has_written = True
+        raw = job.new_room()
+        self._decode(objects, job, contents, raw)
+        job.place(raw)
+
+    def _decode(self, objects: Objects, job: _Job, contents: list[bytes], raw: ByteArray) -> None:
+        with self._named(job):
+            try:
+                decode_chain(job.chain, contents, raw)
+            except CorruptError:
+                # Once more: it may be the way, not the object, that is bad. If not, which object it is.
+                contents.clear()
+                decode_chain(job.chain, each_of_chain(objects, job.chain), raw, verify_each=True)
 
     def value(self, node: TensorNode) -> Any:
         """The tensor, array or bytes object that `node` describes, in its segment's memory. Only after `fill`."""
@@ -194,12 +245,3 @@ def _new_memory(length: int) -> ByteArray:
     room = np.empty(length + _ALIGNMENT, np.uint8)
     start = -room.ctypes.data % _ALIGNMENT
     return room[start : start + length]
-
-
-def _write(job: _Job, contents: Iterable[bytes], *, verify_each: bool = False) -> None:
-    raw = job.wholes[0] if job.wholes else np.empty(job.raw, np.uint8)
-    decode_chain(job.chain, contents, raw, verify_each=verify_each)
-    for memory in job.wholes[1:]:
-        memory[:] = raw
-    for offset, memory in job.parts:
-        memory[:] = raw[offset : offset + len(memory)]

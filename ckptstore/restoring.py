@@ -20,6 +20,7 @@ from ckptstore.errors import (
 from ckptstore.manifest import Manifest
 from ckptstore.matching import match
 from ckptstore.objects.base import Objects
+from ckptstore.peers import Peers
 from ckptstore.pipeline import Progress
 from ckptstore.placement import Placement
 from ckptstore.skeleton import find, tensors
@@ -78,10 +79,12 @@ def restore(
     strict: bool,
     threads: int,
     progress: Progress | None,
+    peers: Peers,
 ) -> Restored | None:
     """Restore the newest checkpoint that verifies (or the one of `step`) into `destination`; None if there is none.
 
     expect: the digest that the newest checkpoint, or that of `step`, has to have; no other one is tried then.
+    peers: the processes that do this together. All of them restore the same checkpoint, or all raise.
 
     Raises:
         InvalidInputError: the checkpoint does not fit the destination.
@@ -94,25 +97,25 @@ def restore(
     with target.telling():
         candidates = _candidates(objects, run, step, expect)
         again: Manifest | None = None
-        while (found := again or next(candidates, None)) is not None:
+        while (found := again or peers.first_decides(lambda: next(candidates, None))) is not None:
             again = None
             if isinstance(found, CorruptError):
                 damage.append(found)
                 continue
             _warn(damage[told:], found)
             told = len(damage)
-            try:
-                placement = Placement(found, match(destination, found))
-                placement.matched.check(found, strict=strict)
-                target.require_all_overwritten(placement)
-                target.begin(placement)
-                placement.assembly.fill(objects, threads, _counted(placement.assembly, progress))
-            except CorruptError as error:
-                again = _rewritten(objects, found, error)
+            placement, error = _prepared(found, destination, target, strict=strict)
+            error = peers.agree(error)
+            if error is None and placement is not None:
+                error = peers.agree(_filled(placement.assembly, objects, threads, progress, peers))
+            if isinstance(error, CorruptError):
+                again = _rewritten_for_all(objects, found, error, peers)
                 if again is None:
                     condemn_corrupt(objects, error)
                     damage.append(error)
                 continue
+            if error is not None or placement is None:
+                raise error or AssertionError("unreachable")
             target.is_touched = True
             placement.put_in_place(strict=strict)
             return Restored(found, placement.matched.missing, placement.matched.unexpected)
@@ -124,6 +127,36 @@ def restore(
                 f"{'' if target.was_written else ' The destination was not changed.'}",
             ) from damage[-1]
     return None
+
+
+def _prepared(
+    manifest: Manifest, destination: Any, target: "_Target", *, strict: bool
+) -> tuple[Placement | None, CheckpointError | None]:
+    """Where everything of a checkpoint goes, or why it does not fit. Nothing is written yet."""
+    try:
+        placement = Placement(manifest, match(destination, manifest))
+        placement.matched.check(manifest, strict=strict)
+        target.require_all_overwritten(placement)
+    except CheckpointError as error:
+        return None, error
+    target.begin(placement)
+    return placement, None
+
+
+def _filled(
+    assembly: Assembly, objects: Objects, threads: int, progress: Progress | None, peers: Peers
+) -> CheckpointError | None:
+    """Read all that is wanted; return what went wrong. Peers that want other parts read for themselves."""
+    together = peers if peers.all_same(assembly.wanted()) else None
+    try:
+        assembly.fill(objects, threads, _counted(assembly, progress), together)
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def _rewritten_for_all(objects: Objects, manifest: Manifest, error: CorruptError, peers: Peers) -> Manifest | None:
+    return peers.first_decides(lambda: _rewritten(objects, manifest, error))
 
 
 def _rewritten(objects: Objects, manifest: Manifest, error: CorruptError) -> Manifest | None:

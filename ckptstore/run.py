@@ -20,6 +20,7 @@ from ckptstore.writer import now_text
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from ckptstore import compacting, saving, segments
 
@@ -183,6 +184,7 @@ class Run:
         step: int | None = None,
         strict: bool = True,
         expect: str | None = None,
+        group: "ProcessGroup | None" = None,
         progress: Progress | None = None,
     ) -> Checkpoint | None:
         """Put the newest checkpoint that verifies into `destination`, in place.
@@ -197,6 +199,9 @@ class Run:
             strict: False leaves out keys of modules that differ, and lists them in the result.
             expect: the `digest` of the checkpoint that it has to be. Then no other one is ever taken: not an older one
                 if it is damaged, and no first start if it is gone.
+            group: processes that restore the same together, such as `torch.distributed.group.WORLD`. Each byte is read
+                from the store by one of them, and given to the others, each of which verifies it. All of them call
+                this, get the same checkpoint, or raise.
             progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
 
         Returns:
@@ -211,6 +216,7 @@ class Run:
             UnavailableError: the store cannot be reached or read; never taken for a first start.
         """
         from ckptstore import restoring
+        from ckptstore.peers import peers_of
 
         number = None if step is None else check_step(step)
         expected = None if expect is None else check_digest(expect)
@@ -224,6 +230,7 @@ class Run:
             strict=strict,
             threads=self._threads,
             progress=progress,
+            peers=peers_of(group),
         )
         if found is None:
             return None
