@@ -37,7 +37,14 @@ def open_objects(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
         from ckptstore.objects.memory import MemoryObjects
 
         return MemoryObjects(place)
+    from ckptstore.objects.azure import AzureObjects, is_azure
+    from ckptstore.objects.http import HttpObjects, is_http
     from ckptstore.objects.remote import FsspecObjects, S3Objects, is_s3
+
+    if is_azure(place):
+        return AzureObjects(place, storage_options)
+    if is_http(place):
+        return HttpObjects(place, storage_options)
 
     return (S3Objects if is_s3(place) else FsspecObjects)(place, storage_options)
 
