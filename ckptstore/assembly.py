@@ -4,6 +4,7 @@ The counterpart of segments.py. Knows manifests and memory; which tensors are wa
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,12 @@ import blake3
 import numpy as np
 import torch
 
+from ckptstore import blocks as boxes
 from ckptstore import chunk
 from ckptstore.decoding import decode_chain, each_of_chain, get_chain
 from ckptstore.errors import CorruptError, InvalidInputError, retold
 from ckptstore.kernels import ByteArray, compiled
-from ckptstore.manifest import ChunkRef, Manifest
+from ckptstore.manifest import ChunkRef, Manifest, Placed, Segment
 from ckptstore.objects.base import Objects
 from ckptstore.peers import Group, Peers
 from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Stage, staged
@@ -25,6 +27,27 @@ from ckptstore.skeleton import TensorNode, contiguous_stride
 from ckptstore.tree import TORCH_DTYPES
 
 _ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of a chunk, from `offset` on, that are a box of `shape`; what of it goes where."""
+
+    offset: int
+    shape: tuple[int, ...]
+    taken: tuple[slice, ...]
+    into: "np.ndarray[Any, np.dtype[np.uint8]]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A box of an array of bytes, which begins at `start` of a segment, or is put together of its blocks."""
+
+    segment: int
+    start: int
+    shape: tuple[int, ...]
+    box: boxes.Box
+    into: "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
 @dataclass(slots=True)
@@ -37,6 +60,8 @@ class _Job:
     wholes: list[ByteArray] = field(default_factory=list)
     parts: list[tuple[int, ByteArray]] = field(default_factory=list)
     """Offset in the chunk, and where the bytes from there on go."""
+    boxes: list["_Piece"] = field(default_factory=list)
+    """What does not lie side by side where it goes."""
 
     @property
     def raw(self) -> int:
@@ -62,6 +87,9 @@ class _Job:
             memory[:] = raw
         for offset, memory in self.parts:
             memory[:] = raw[offset : offset + len(memory)]
+        for piece in self.boxes:
+            held = raw[piece.offset : piece.offset + math.prod(piece.shape)].reshape(piece.shape)
+            piece.into[...] = held[piece.taken]
 
 
 class Assembly:
@@ -77,6 +105,7 @@ class Assembly:
         self.has_written = False
         """Whether any wanted memory may have been written to."""
         self._memory: dict[int, ByteArray] = {}
+        self._boxes: list[_Wanted] = []
         self._storages: dict[int, torch.Tensor] = {}
         self._moved: dict[int, torch.Tensor] = {}
 
@@ -93,6 +122,23 @@ class Assembly:
     def want_into(self, node: TensorNode, memory: ByteArray) -> None:
         """Let the segment of `node` be written straight into `memory`, which is exactly as long."""
         self._memory[node.segment] = memory
+
+    def want_box(self, node: TensorNode, box: boxes.Box, into: "np.ndarray[Any, np.dtype[np.uint8]]") -> bool:
+        """Let a box of the tensor `node` be written into an array of bytes, which has one dimension more: an item's.
+
+        Only chunks that hold a part of it will be fetched, and only verified bytes are written.
+
+        Returns:
+            Whether that can be done; if not, `want` the whole tensor, whose elements lie in another order.
+        """
+        segment = self.manifest.segments[node.segment]
+        bytes_box = (*box[0], 0), (*box[1], node.item_bytes)
+        shape = (*node.shape, node.item_bytes)
+        is_array = segment.shape is None or (tuple(segment.shape) == node.shape and segment.bytes == node.span_bytes)
+        if node.stride is not None or not is_array or node.tag != "tensor":
+            return False
+        self._boxes.append(_Wanted(node.segment, node.offset, shape, bytes_box, into))
+        return True
 
     def fill(
         self,
@@ -209,16 +255,27 @@ class Assembly:
 
     def _jobs(self) -> list[_Job]:
         jobs: dict[int, _Job] = {}
+
+        def job_of(index: int) -> _Job:
+            return jobs.setdefault(index, _Job(index, self.manifest.chain(index)))
+
+        wanted = list(self._boxes)
         for number, memory in sorted(self._memory.items()):
             segment = self.manifest.segments[number]
-            position = 0
-            for index in segment.chunks:
-                job = jobs.setdefault(index, _Job(index, self.manifest.chain(index)))
+            if segment.shape is not None:
+                shape = (*segment.shape, segment.item_bytes)
+                wanted.append(_Wanted(number, 0, shape, ((0,) * len(shape), shape), memory.reshape(shape)))
+                continue
+            for placed in self.manifest.placed(number):
+                job = job_of(placed.chunk)
                 if segment.offset is not None:
-                    job.parts.append((segment.offset, memory))
+                    job.parts.append((placed.offset, memory))
                 else:
-                    job.wholes.append(memory[position : position + job.raw])
-                    position += job.raw
+                    job.wholes.append(memory[placed.start : placed.stop])
+        for want in wanted:
+            for placed in self.manifest.placed(want.segment):
+                if pieces := list(_pieces(want, placed, self.manifest.segments[want.segment])):
+                    job_of(placed.chunk).boxes.extend(pieces)
         return list(jobs.values())
 
     def _name(self) -> str:
@@ -245,3 +302,23 @@ def _new_memory(length: int) -> ByteArray:
     room = np.empty(length + _ALIGNMENT, np.uint8)
     start = -room.ctypes.data % _ALIGNMENT
     return room[start : start + length]
+
+
+def _pieces(want: _Wanted, placed: Placed, segment: Segment) -> Iterator[_Piece]:
+    """What a chunk holds of a box that is wanted."""
+    if segment.shape is None:
+        length = math.prod(want.shape)
+        first, start, stop = placed.offset, placed.start - want.start, placed.stop - want.start
+        if start < 0:  # what comes before the tensor in its segment
+            first, start = first - start, 0
+        shape, stop = want.shape, min(stop, length)
+        at: tuple[int, ...] = (0,) * len(shape)
+    else:
+        (at, shape), first = placed.box, placed.offset
+        at, shape, start, stop = (*at, 0), (*shape, segment.item_bytes), placed.start, placed.stop
+        if boxes.common(want.box, (at, shape)) is None:
+            return
+    for box, before in boxes.boxes_of_range(shape, start, stop):
+        there = boxes.moved(box, at)
+        if (taken := boxes.common(there, want.box)) is not None:
+            yield _Piece(first + before, box[1], boxes.within(taken, there), want.into[boxes.within(taken, want.box)])

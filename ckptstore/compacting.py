@@ -174,9 +174,7 @@ def _hanging(older: Iterable[Manifest]) -> dict[str, int]:
 
 def _stored_chunks(objects: Objects, manifest: Manifest) -> dict[str, _StoredChunk]:
     elements = {
-        index: 1 if segment.offset is not None else segment.element
-        for segment in manifest.segments
-        for index in segment.chunks
+        index: 1 if segment.is_bundled else segment.element for segment in manifest.segments for index in segment.chunks
     }
     return {
         manifest.chunks[index].digest: _StoredChunk(objects, manifest.chain(index), elements.get(index, 1))

@@ -16,6 +16,8 @@ FORMAT_VERSION = 1
 """Of sealed JSON objects that name no delta. Chunks and deltas carry a version of their own (chunk.py)."""
 DELTA_FORMAT_VERSION = 2
 """Of manifests and condemned lists that name a delta, so that a reader that knows none says so."""
+BLOCK_FORMAT_VERSION = 3
+"""Of manifests in which a segment is put together of blocks; they may name deltas too."""
 
 Codec = Literal["none", "fast", "small"]
 """How chunks are written; all of them are read. `none`: as they are. `fast`: in planes, compressed where that pays.
@@ -29,11 +31,16 @@ MAX_OVERHEAD_BYTES = 104
 """How much longer than its raw bytes a chunk object can be: its header and table."""
 MAX_DELTA_DEPTH = 64
 """How many deltas may stand one on another, above a chunk that needs none."""
+MAX_BLOCK_DIMENSIONS = 31
+"""Of a segment that is put together of blocks: NumPy 1 has arrays of 32, and one is for the bytes of an item."""
 MAX_STEP = 2**63 - 1
 MANY_CHUNKS = 16_000
 """Sixteen pages of a listing on S3; the chunks of a store have 256 prefixes."""
 MIN_MANIFEST_BYTES = 1024
 """A committed manifest is padded to this. Fences and tombstones are shorter, so a listing tells them apart."""
+
+FAMILY_DIGITS = 24
+"""How many of the 32 digits of a save id, the last ones, the processes of a joint save share."""
 
 MARKER_KEY = "ckptstore.json"
 SESSIONS = "sessions/"
@@ -57,6 +64,24 @@ _MANIFEST_KEY = re.compile(r"runs/([^/]+)/([0-9]{20})\.([0-9a-f]{32})\.json")
 def new_save_id() -> str:
     """A fresh random name for one save or one condemned list: 128 bits in hex."""
     return secrets.token_hex(16)
+
+
+def new_joint_save_id() -> str:
+    """Likewise, for a save of many processes: `part_id` gives each an id of its own to upload chunks under."""
+    return f"{0:08x}{secrets.token_hex(FAMILY_DIGITS // 2)}"
+
+
+def part_id(save_id: str, number: int) -> str:
+    """The id that the process `number`, from 0 on, of a joint save uploads its chunks under.
+
+    Its own, because two processes may hold equal bytes, and no key is ever written twice.
+    """
+    return f"{number + 1:08x}{family(save_id)}"
+
+
+def family(save_id: str) -> str:
+    """What the ids of all processes of a joint save, and that of its session, have in common."""
+    return save_id[-FAMILY_DIGITS:]
 
 
 def is_digest(text: object) -> bool:

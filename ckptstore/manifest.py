@@ -4,9 +4,11 @@ Structs <-> sealed bytes, with every bound checked on the way in: what `decode_â
 well-formed, whoever wrote it. Knows nothing of tensors' values and nothing of storage.
 """
 
+import itertools
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,11 +16,14 @@ import blake3
 import msgspec
 from msgspec import Meta, Struct
 
+from ckptstore import blocks as boxes
 from ckptstore.errors import CorruptError, UnsupportedFormatError
 from ckptstore.format import (
+    BLOCK_FORMAT_VERSION,
     DELTA_FORMAT_VERSION,
     DELTAS,
     FORMAT_VERSION,
+    MAX_BLOCK_DIMENSIONS,
     MAX_CHUNK_BYTES,
     MAX_DELTA_DEPTH,
     MAX_STEP,
@@ -44,6 +49,7 @@ Count = Annotated[int, Meta(ge=0, le=2**62)]
 Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
 ChunkLength = Annotated[int, Meta(ge=1, le=MAX_CHUNK_BYTES)]
 ElementSize = Literal[1, 2, 4, 8]
+Sizes = Annotated[list[Annotated[int, Meta(ge=0, le=2**48)]], Meta(max_length=MAX_BLOCK_DIMENSIONS)]
 Time = Annotated[
     str,
     Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z\Z"),
@@ -112,17 +118,53 @@ class ChunkRef(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, om
         return chunk_key(self.digest, self.save, is_delta=self.base is not None)
 
 
+class Block(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A part of a segment that is put together: a box of its array, row-major by itself.
+
+    Its bytes are those of the next `chunks` chunks of the segment's, or `offset` is where they begin in the one chunk.
+    """
+
+    at: Sizes
+    shape: Sizes
+    chunks: Count
+    offset: Count | None = None
+
+
 class Segment(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A run of bytes that one tensor, or several that share memory, live in.
 
-    Its bytes are those of `chunks` (indices into the manifest's table) one after the other, or, if it lies in a
-    bundle, `bytes` bytes from `offset` on of the one chunk.
+    Its bytes are those of `chunks` (indices into the manifest's table) one after the other; or, if it lies in a
+    bundle, `bytes` bytes from `offset` on of the one chunk; or it is a row-major array of `shape`, put together of
+    `blocks`.
     """
 
     bytes: Count
     element: ElementSize
     chunks: list[Count]
     offset: Count | None = None
+    shape: Sizes | None = None
+    blocks: list[Block] | None = None
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether a chunk of it may hold other segments, too."""
+        return self.offset is not None or any(block.offset is not None for block in self.blocks or ())
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an item of the array, if it is put together of blocks; else 1."""
+        return 1 if self.shape is None else self.bytes // math.prod(self.shape)
+
+
+class Placed(Struct, frozen=True):
+    """Where bytes of a chunk go: those from `offset` on to those from `start` to `stop` of a block."""
+
+    chunk: int
+    offset: int
+    box: boxes.Box
+    """The block, in items of the segment's array; a segment that has no blocks is one, of bytes."""
+    start: int
+    stop: int
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -155,6 +197,19 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def segment_bytes(self) -> list[int]:
         """The length of each segment, against which the tree's tensors are checked."""
         return [segment.bytes for segment in self.segments]
+
+    def placed(self, number: int) -> Iterator[Placed]:
+        """What the chunks of a segment hold of it, one after the other."""
+        segment = self.segments[number]
+        one = Block(at=[0], shape=[segment.bytes], chunks=len(segment.chunks), offset=segment.offset)
+        rest = iter(segment.chunks)
+        for block in segment.blocks or [one]:
+            box, length = (tuple(block.at), tuple(block.shape)), math.prod(block.shape) * segment.item_bytes
+            position = 0
+            for index in itertools.islice(rest, block.chunks):
+                held = length if block.offset is not None else self.chunks[index].raw
+                yield Placed(index, block.offset or 0, box, position, position + held)
+                position += held
 
     def chain(self, index: int) -> list[ChunkRef]:
         """What decoding a chunk of the table takes, in the order of decoding: a full chunk, and the deltas on it."""
@@ -252,8 +307,10 @@ _DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {
 }
 
 
-def format_naming(keys: Iterable[str]) -> int:
-    """The version of a manifest or condemned list that names these chunk keys."""
+def format_naming(keys: Iterable[str], segments: Iterable[Segment] = ()) -> int:
+    """The version of a manifest, which has `segments`, or of a condemned list, that names these chunk keys."""
+    if any(segment.blocks is not None for segment in segments):
+        return BLOCK_FORMAT_VERSION
     return DELTA_FORMAT_VERSION if any(key.startswith(DELTAS) for key in keys) else FORMAT_VERSION
 
 
@@ -272,7 +329,12 @@ def checkpoint_digest(manifest: Manifest) -> str:
     Raises CorruptError if the tree is not one that a save could have made.
     """
     segments = [
-        [segment.bytes, segment.offset, [manifest.chunks[index].digest for index in segment.chunks]]
+        [
+            segment.bytes,
+            segment.offset,
+            [manifest.chunks[index].digest for index in segment.chunks],
+            *_put_together(segment),
+        ]
         for segment in manifest.segments
     ]
     covered = [manifest.run, manifest.step, manifest.tree, manifest.metrics, manifest.metadata, segments]
@@ -281,6 +343,13 @@ def checkpoint_digest(manifest: Manifest) -> str:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         raise CorruptError(f"{manifest.key} holds what no save writes ({error})") from error
     return blake3.blake3(text.encode("ascii")).hexdigest()
+
+
+def _put_together(segment: Segment) -> list[Any]:
+    """What a digest covers of a segment's blocks; nothing if it has none, as it was before there were any."""
+    if segment.blocks is None:
+        return []
+    return [[segment.shape, [[block.at, block.shape, block.chunks, block.offset] for block in segment.blocks]]]
 
 
 def encode(value: Marker | Session | Manifest | Ended | Condemned | Tag) -> bytes:
@@ -322,7 +391,7 @@ def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
     head, text = _open(content, str(key))
     value: Manifest | Ended
     if head.state == "committed":
-        _require_known(head, DELTA_FORMAT_VERSION, str(key))
+        _require_known(head, BLOCK_FORMAT_VERSION, str(key))
         value = _decode(text, str(key), Manifest)
     else:
         _require_known(head, FORMAT_VERSION, str(key))
@@ -339,6 +408,8 @@ def decode_manifest(content: bytes, key: ManifestKey) -> Manifest | Ended:
         if bases.count(None) < len(bases):
             _check_version(value.format, DELTA_FORMAT_VERSION, str(key))
             _check_bases(value)
+        if any(segment.blocks is not None or segment.shape is not None for segment in value.segments):
+            _check_version(value.format, BLOCK_FORMAT_VERSION, str(key))
         _check_segments(value)
         # The tree may be long and is checked where it is walked; these two are short, and read as they stand.
         for name, node in (("metrics", value.metrics), ("metadata", value.metadata)):
@@ -396,9 +467,10 @@ def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_version(version: int, needed: int, key: str) -> None:
-    """What says that it is of version 1 holds nothing that a reader of version 1 would not know."""
+    """What says that it is of an older version holds nothing that a reader of that version would not know."""
     if version < needed:
-        raise CorruptError(f"{key} names a delta and says that its format is {version}")
+        what = "has blocks" if needed == BLOCK_FORMAT_VERSION else "names a delta"
+        raise CorruptError(f"{key} {what} and says that its format is {version}")
 
 
 def _check_keys(manifest: Manifest) -> None:
@@ -452,9 +524,30 @@ def _check_segments(manifest: Manifest) -> None:
         if segment.bytes % segment.element or (segment.offset or 0) % segment.element:
             raise CorruptError(f"{manifest.key}: segment {number} is not made of {segment.element}-byte numbers")
         held = sum([lengths[index] for index in segment.chunks])
-        if segment.offset is None:
+        if segment.blocks is not None or segment.shape is not None:
+            fits = _blocks_fit(segment, lengths)
+        elif segment.offset is None:
             fits = held == segment.bytes
         else:
             fits = len(segment.chunks) == 1 and segment.offset + segment.bytes <= held
         if not fits:
             raise CorruptError(f"{manifest.key}: segment {number} has {segment.bytes} bytes, its chunks {held}")
+
+
+def _blocks_fit(segment: Segment, lengths: list[int]) -> bool:
+    """Whether the blocks of a segment make up its array, and their chunks hold exactly their bytes."""
+    shape, blocks = segment.shape, segment.blocks
+    if shape is None or blocks is None or segment.offset is not None:
+        return False
+    items = math.prod(shape)
+    if not items or not segment.bytes or segment.bytes % items:
+        return False
+    rest = iter(segment.chunks)
+    for block in blocks:
+        length = math.prod(block.shape) * segment.item_bytes
+        held = [lengths[index] for index in itertools.islice(rest, block.chunks)]
+        if len(held) != block.chunks or (block.offset or 0) % segment.element:
+            return False
+        if sum(held) != length if block.offset is None else len(held) != 1 or block.offset + length > held[0]:
+            return False
+    return next(rest, None) is None and boxes.tile(shape, [(tuple(block.at), tuple(block.shape)) for block in blocks])

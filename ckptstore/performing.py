@@ -80,7 +80,10 @@ class Performer:
         self._clock_ahead: float | None = None
 
     def perform(self, steps: Generator[protocol.Operation, Any, T]) -> T:
-        """Run a generator of the protocol to its end and return what it returns; what fails is thrown into it."""
+        """Run a generator of the protocol to its end and return what it returns; what fails is thrown into it.
+
+        A session that it leaves open when it returns beats on, until another one closes it, or `abandon` is called.
+        """
         try:
             operation = next(steps)
             while True:
@@ -93,8 +96,22 @@ class Performer:
         except StopIteration as end:
             result: T = end.value
             return result
-        finally:
+        except BaseException:
             self._stop_heart()
+            raise
+
+    def hand_over(self, chunks: Mapping[str, RawChunk]) -> None:
+        """What `protocol.Upload` may ask for from now on."""
+        self._chunks = chunks
+
+    def abandon(self) -> None:
+        """Let the open session, if there is one, be closed soon; asks for nothing itself, and may be called anywhere.
+
+        For a save that can never commit any more.
+        """
+        if self._heart is not None:
+            self._heart.abandon()
+            self._heart = None
 
     def _do(self, operation: protocol.Operation) -> Any:
         match operation:
@@ -255,6 +272,7 @@ class _Heart:
         self._objects = objects
         self._session = session
         self._stopped = threading.Event()
+        self._is_abandoned = False
         self._thread = threading.Thread(target=self._beat, name="ckptstore-heart", daemon=True)
 
     def start(self) -> None:
@@ -266,6 +284,14 @@ class _Heart:
             # A beat that is lost costs the save at worst, never a chunk; what fails for good shows elsewhere.
             with contextlib.suppress(UnavailableError):
                 self._objects.put(session_key(self._session.save), encode(self._session))
+        if self._is_abandoned:
+            with contextlib.suppress(UnavailableError):  # a session without a save ends by itself
+                self._objects.delete(session_key(self._session.save))
+
+    def abandon(self) -> None:
+        """Let the thread close the session, and end."""
+        self._is_abandoned = True
+        self._stopped.set()
 
     def stop(self) -> None:
         """Return when no beat is under way any more: none may put the session back after it was deleted."""

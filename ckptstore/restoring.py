@@ -58,8 +58,8 @@ def load(
     try:
         assembly.fill(objects, threads, _counted(assembly, progress))
     except CorruptError as error:
-        if (rewritten := _rewritten(objects, manifest, error)) is not None:
-            return load(objects, rewritten, only=only, device=device, threads=threads, progress=progress)
+        if (again := rewritten(objects, manifest, error)) is not None:
+            return load(objects, again, only=only, device=device, threads=threads, progress=progress)
         condemn_corrupt(objects, error)
         raise retold(
             error,
@@ -156,10 +156,10 @@ def _filled(
 
 
 def _rewritten_for_all(objects: Objects, manifest: Manifest, error: CorruptError, peers: Peers) -> Manifest | None:
-    return peers.first_decides(lambda: _rewritten(objects, manifest, error))
+    return peers.first_decides(lambda: rewritten(objects, manifest, error))
 
 
-def _rewritten(objects: Objects, manifest: Manifest, error: CorruptError) -> Manifest | None:
+def rewritten(objects: Objects, manifest: Manifest, error: CorruptError) -> Manifest | None:
     """The same checkpoint in another form, if a compaction or a repair has put it in that while it was read.
 
     A collection may then have taken the chunks of the old one.

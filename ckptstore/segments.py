@@ -36,6 +36,8 @@ class Source:
     element: int
     """Bytes of a number in it, 1, 2, 4 or 8: how to split it into planes."""
     private: bool
+    begins: int = 0
+    """Where it begins in a larger run of bytes that it is a part of: it is cut where that would be."""
 
     @property
     def bytes(self) -> int:
@@ -106,7 +108,10 @@ class Layout:
         table = [number_of[name] for name in digests]
         segments = [
             Segment(
-                bytes=source.bytes, element=_element(source), chunks=[table[index] for index in chunks], offset=offset
+                bytes=source.bytes,
+                element=element_size(source),
+                chunks=[table[index] for index in chunks],
+                offset=offset,
             )
             for source, (chunks, offset) in zip(self.sources, self.places, strict=True)
         ]
@@ -146,8 +151,8 @@ def cut(sources: list[Source], *, chunk_bytes: int, small_bytes: int) -> Layout:
             # Planes are split by the size of a number, so a bundle holds numbers of one size.
             small.setdefault(source.element, []).append(number)
             continue
-        for start in range(0, source.bytes, chunk_bytes):
-            stop = min(start + chunk_bytes, source.bytes)
+        cuts = range(chunk_bytes - source.begins % chunk_bytes, source.bytes, chunk_bytes)
+        for start, stop in itertools.pairwise([0, *cuts, source.bytes] if source.bytes else []):
             places[number][0].append(len(chunks))
             chunks.append(PlannedChunk(((source, start, stop),), source.element, stop - start))
     for element, numbers in small.items():
@@ -174,7 +179,8 @@ def _bundles(numbers: Iterable[int], sources: Sequence[Source], limit: int) -> I
         yield bundle
 
 
-def _element(source: Source) -> Literal[1, 2, 4, 8]:
+def element_size(source: Source) -> Literal[1, 2, 4, 8]:
+    """Bytes of a number in it, in the type that manifests ask for."""
     return cast(Literal[1, 2, 4, 8], source.element)
 
 

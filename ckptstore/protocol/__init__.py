@@ -15,6 +15,7 @@ from ckptstore.protocol.candidates import (
 from ckptstore.protocol.collects import Collected, CollectRequest, collect
 from ckptstore.protocol.compactions import CompactRequest, compact
 from ckptstore.protocol.deletes import bury_all, delete
+from ckptstore.protocol.joint import begin, conclude
 from ckptstore.protocol.operations import (
     Check,
     Clock,
@@ -32,7 +33,7 @@ from ckptstore.protocol.operations import (
     Uploaded,
 )
 from ckptstore.protocol.repairs import Repaired, RepairRequest, repair
-from ckptstore.protocol.saves import SaveRequest, save
+from ckptstore.protocol.saves import JointRequest, PartRequest, SaveRequest, hold, save
 
 __all__ = [
     "UNREADABLE_LIST",
@@ -46,9 +47,11 @@ __all__ = [
     "Create",
     "Delete",
     "Get",
+    "JointRequest",
     "List",
     "Open",
     "Operation",
+    "PartRequest",
     "Pause",
     "Put",
     "RepairRequest",
@@ -57,11 +60,14 @@ __all__ = [
     "Sync",
     "Upload",
     "Uploaded",
+    "begin",
     "bury_all",
     "collect",
     "compact",
+    "conclude",
     "current",
     "delete",
+    "hold",
     "may_be_committed",
     "read_candidate",
     "read_condemned",

@@ -10,7 +10,17 @@ from typing import Any
 from msgspec import Struct, field
 
 from ckptstore.errors import CorruptError, UnavailableError
-from ckptstore.format import CHUNKS, DELTAS, SESSIONS, ChunkKey, chunk_prefixes, condemned_key, session_key, session_of
+from ckptstore.format import (
+    CHUNKS,
+    DELTAS,
+    SESSIONS,
+    ChunkKey,
+    chunk_prefixes,
+    condemned_key,
+    family,
+    session_key,
+    session_of,
+)
 from ckptstore.manifest import Condemned, Ended, Session, decode_session, encode, format_naming
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.candidates import read_condemned
@@ -121,12 +131,13 @@ def _mark(request: CollectRequest, roots: Roots, found: Collected) -> Generator[
     # After the chunks: a chunk whose save is not seen to live here was uploaded by one that has ended.
     now: float = yield Clock(about=request.dry_run)
     sessions: list[ObjectInfo] = yield List((SESSIONS,))
-    alive = {session_of(row.key) for row in sessions if _beats(row, now, request.grace)}
+    beating = [session_of(row.key) for row in sessions if _beats(row, now, request.grace)]
+    alive = {family(save_id) for save_id in beating if save_id is not None}
     yield from read_roots(roots)  # what these have committed meanwhile
     found.unreferenced = {
         key: size
         for key, size in found.unreferenced.items()
-        if not roots.names(key) and key.rpartition(".")[2] not in alive
+        if not roots.names(key) and family(key.rpartition(".")[2]) not in alive
     }
     found.condemned = {key: size for key, size in found.condemned.items() if not roots.names(key)}
     found.expired = [key for key, modified in roots.tombstones.items() if 0 < modified < now - TOMBSTONE_SECONDS]

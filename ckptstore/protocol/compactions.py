@@ -86,7 +86,7 @@ def _assemble(request: CompactRequest) -> Generator[Operation, Any, tuple[Manife
     refs = table(fresh)
     made = msgspec.structs.replace(
         old,
-        format=format_naming(ref.key for ref in refs),
+        format=format_naming((ref.key for ref in refs), old.segments),
         save=request.save,
         replaces=in_place_of(old),
         chunks=refs,

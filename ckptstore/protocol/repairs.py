@@ -135,7 +135,7 @@ def _mended(chunk: Held, good: dict[str, Held], condemned: set[str]) -> Held | N
 def _manifest(request: RepairRequest, manifest: Manifest, chunks: list[ChunkRef]) -> Manifest:
     return msgspec.structs.replace(
         manifest,
-        format=format_naming(chunk.key for chunk in chunks),
+        format=format_naming((chunk.key for chunk in chunks), manifest.segments),
         save=request.save,
         replaces=in_place_of(manifest),
         chunks=chunks,

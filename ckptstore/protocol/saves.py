@@ -11,7 +11,7 @@ from msgspec import Struct, field
 
 from ckptstore.deltas import Held, find_bases, held_chunks, table
 from ckptstore.errors import ConflictError, CorruptError, FencedError, UnavailableError
-from ckptstore.format import CHUNKS, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey, run_prefix
+from ckptstore.format import CHUNKS, MAX_OVERHEAD_BYTES, ChunkKey, ManifestKey, family, run_prefix
 from ckptstore.manifest import ChunkRef, Manifest, Segment, Session, Writer, encode, format_naming
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.candidates import (
@@ -50,7 +50,28 @@ class SaveRequest(Struct, frozen=True):
     """Whether chunks may be stored as differences to those of the run's newest checkpoint."""
 
 
-class _Found(Struct):
+class JointRequest(Struct, frozen=True):
+    """What is known of a save of many processes before they have looked at their state."""
+
+    run: str
+    step: int
+    save: str
+    created: str
+    writer: Writer
+
+
+class PartRequest(Struct, frozen=True):
+    """Chunks that are to be held for a save whose session is open: all of them, or those of one of its processes."""
+
+    save: str
+    """The id to upload under: no other process of the save has it."""
+    chunks: dict[str, int]
+    """Digest -> raw bytes."""
+    newest: ManifestKey | None = None
+    """A manifest of the run, whose chunks may be among them."""
+
+
+class Found(Struct):
     """What the friendly check found: what to replace, and the newest manifest, whose chunks may be ours too."""
 
     replaces: list[str] = field(default_factory=list)
@@ -65,11 +86,11 @@ def save(request: SaveRequest) -> Generator[Operation, Any, Manifest]:
         FencedError: a collector took this save for dead; it never committed and never will.
         UnavailableError: a request failed. If it was the commit's, its outcome is unknown and the session stands.
     """
-    found = yield from _look(request)
+    found = yield from look(request)
     if isinstance(found, Manifest):
         return found
     try:
-        yield Open(_session(request))  # 1
+        yield Open(session_of(request))  # 1
         manifest = yield from _assemble(request, found)
     except (Exception, KeyboardInterrupt):
         # No manifest was created, so the outcome is known. What was uploaded stays for the collector: another save
@@ -88,7 +109,7 @@ def close_quietly(save_id: str) -> Generator[Operation, Any, None]:
         return  # a session without a save ends by itself
 
 
-def _session(request: SaveRequest) -> Session:
+def session_of(request: "SaveRequest | JointRequest") -> Session:
     return Session(
         save=request.save,
         run=request.run,
@@ -99,12 +120,12 @@ def _session(request: SaveRequest) -> Session:
     )
 
 
-def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"]:
+def look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | Found"]:
     """The friendly check before step 1: whether this step is saved already."""
     rows: list[ObjectInfo] = yield List((run_prefix(request.run),))
     keyed = [(key, row) for row in rows if (key := ManifestKey.parse(row.key))]
     manifests = [(key, row) for key, row in keyed if may_be_committed(row)]
-    found = _Found()
+    found = Found()
     if manifests:
         found.newest = max(manifests, key=lambda pair: (pair[0].step, pair[1].modified))[0]
     # Of any size: a manifest that was cut off is to be replaced as well.
@@ -135,58 +156,64 @@ def _look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | _Found"
     return found
 
 
-def _assemble(request: SaveRequest, found: _Found) -> Generator[Operation, Any, Manifest]:
+def _assemble(request: SaveRequest, found: Found) -> Generator[Operation, Any, Manifest]:
     """Steps 2 to 4: a manifest, each of whose chunks is in the store and durable."""
+    held = yield from hold(PartRequest(request.save, request.chunks, found.newest), request)
+    return make_manifest(request, found.replaces, held)
+
+
+def hold(part: PartRequest, whole: SaveRequest | None = None) -> Generator[Operation, Any, dict[str, Held]]:
+    """Steps 2 to 4, after the session was opened by whoever did: every chunk of `part` in the store, and durable.
+
+    whole: the save that `part` is all of, if its chunks may be stored as differences.
+    """
     lists = yield from read_condemned()  # 2
     condemned = {key for each in lists if each for key in each.keys}
     held: dict[str, Held] = {}
     may_reuse = None not in lists  # a list that cannot be read may name any key
     newest: Manifest | None = None
-    if may_reuse and found.newest is not None:  # 3: what stands in a manifest that is read now
-        [content] = yield Get((str(found.newest),))
-        candidate = read_candidate(found.newest, 0.0, content)
+    if may_reuse and part.newest is not None:  # 3: what stands in a manifest that is read now
+        [content] = yield Get((str(part.newest),))
+        candidate = read_candidate(part.newest, 0.0, content)
         newest = None if candidate is None else candidate.manifest
     if newest is not None:
-        _reuse(request, held, held_chunks(newest), condemned)
-    missing = [name for name in request.chunks if name not in held]
+        _reuse(part, held, held_chunks(newest), condemned)
+    missing = [name for name in part.chunks if name not in held]
     listed: list[str] = []
     if may_reuse and missing:  # 3: what a listing shows now
         rows: list[ObjectInfo] = yield List(_prefixes(missing))
         seen = [
-            Held(key.digest, key.save_id, request.chunks[key.digest], row.size)
+            Held(key.digest, key.save_id, part.chunks[key.digest], row.size)
             for row in rows
-            if (key := ChunkKey.parse(row.key)) and key.digest in request.chunks
+            if (key := ChunkKey.parse(row.key)) and key.digest in part.chunks
         ]
-        _reuse(request, held, seen, condemned)
+        _reuse(part, held, seen, condemned)
         listed = [held[name].key for name in missing if name in held]
         missing = [name for name in missing if name not in held]
-    new_bytes = 0
     if missing:  # 4
-        bases = {} if newest is None else _bases(request, missing, newest, condemned)
-        uploaded: dict[str, Uploaded] = yield Upload(request.save, tuple(missing), bases)
+        bases = {} if newest is None or whole is None else _bases(whole, missing, newest, condemned)
+        uploaded: dict[str, Uploaded] = yield Upload(part.save, tuple(missing), bases)
         for name in missing:
             base = bases[name] if uploaded[name].is_delta else None
-            held[name] = Held(name, request.save, request.chunks[name], uploaded[name].stored, base)
-            new_bytes += uploaded[name].stored
+            held[name] = Held(name, part.save, part.chunks[name], uploaded[name].stored, base)
         # What turned out damaged on the way is not to be needed by any chunk of this checkpoint.
         damaged = {each.damaged for each in uploaded.values() if each.damaged}
         again = [name for name, chunk in held.items() if not _is_sound(chunk, damaged)]
         if again:
-            uploaded = yield Upload(request.save, tuple(again))
+            uploaded = yield Upload(part.save, tuple(again))
             for name in again:
-                held[name] = Held(name, request.save, request.chunks[name], uploaded[name].stored)
-                new_bytes += uploaded[name].stored
+                held[name] = Held(name, part.save, part.chunks[name], uploaded[name].stored)
             missing += [name for name in again if name not in missing]
             listed = [key for key in listed if key not in damaged]
     # What was found in a listing may have been put by a save that has not made it durable yet. What stands in a
     # manifest is durable, and so is what it stands on.
     yield Sync((*listed, *(held[name].key for name in missing)))
-    return _manifest(request, found.replaces, table([held[name] for name in request.chunks]), new_bytes)
+    return held
 
 
-def _reuse(request: SaveRequest, held: dict[str, Held], seen: list[Held], condemned: set[str]) -> None:
+def _reuse(part: PartRequest, held: dict[str, Held], seen: list[Held], condemned: set[str]) -> None:
     for chunk in seen:
-        wanted = request.chunks.get(chunk.digest) == chunk.raw and chunk.stored <= chunk.raw + MAX_OVERHEAD_BYTES
+        wanted = part.chunks.get(chunk.digest) == chunk.raw and chunk.stored <= chunk.raw + MAX_OVERHEAD_BYTES
         if wanted and chunk.digest not in held and _is_sound(chunk, condemned):
             held[chunk.digest] = chunk
 
@@ -217,9 +244,12 @@ def _prefixes(digests: list[str]) -> tuple[str, ...]:
     return tuple(sorted({f"{CHUNKS}{name[:2]}/" for name in digests}))
 
 
-def _manifest(request: SaveRequest, replaces: list[str], chunks: list[ChunkRef], new_bytes: int) -> Manifest:
+def make_manifest(request: SaveRequest, replaces: list[str], held: dict[str, Held]) -> Manifest:
+    """The manifest of a save whose chunks are held."""
+    chunks: list[ChunkRef] = table([held[name] for name in request.chunks])
+    ours = family(request.save)
     return Manifest(
-        format=format_naming(chunk.key for chunk in chunks),
+        format=format_naming((chunk.key for chunk in chunks), request.segments),
         run=request.run,
         step=request.step,
         save=request.save,
@@ -231,7 +261,7 @@ def _manifest(request: SaveRequest, replaces: list[str], chunks: list[ChunkRef],
         content=request.content,
         raw_bytes=request.raw_bytes,
         stored_bytes=sum(chunk.stored for chunk in chunks),
-        new_bytes=new_bytes,
+        new_bytes=sum(chunk.stored for chunk in chunks if family(chunk.save) == ours),
         tree=request.tree,
         segments=request.segments,
         chunks=chunks,

@@ -7,7 +7,7 @@ skeleton and a function that supplies the tensors. Neither knows of chunks or of
 from ckptstore.tree.flatten import TensorLeaf, flatten
 from ckptstore.tree.registry import is_plain_tensor, is_stateful, register, registration_named, registration_of
 from ckptstore.tree.unflatten import decode_items, unflatten
-from ckptstore.tree.values import MAX_JSON_INT, TORCH_DTYPES, decode_hashable
+from ckptstore.tree.values import MAX_JSON_INT, TORCH_DTYPES, decode_hashable, encode_hashable
 
 __all__ = [
     "MAX_JSON_INT",
@@ -15,6 +15,7 @@ __all__ = [
     "TensorLeaf",
     "decode_hashable",
     "decode_items",
+    "encode_hashable",
     "flatten",
     "is_plain_tensor",
     "is_stateful",

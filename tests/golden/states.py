@@ -82,6 +82,45 @@ def moving(step: int) -> dict[str, torch.Tensor]:
     return {str(dtype).removeprefix("torch."): (numbers + step * (numbers % 3 - 1)).to(dtype) for dtype in dtypes}
 
 
+def version_3() -> dict[str, Any]:
+    """What version 2 has; what is new are the first checkpoints, which `PARTS` processes have saved."""
+    return version_2()
+
+
+PARTS = 4
+
+
+def cut(step: int) -> dict[str, Any]:
+    """Tensors that are cut along any dimension, and one whose parts lie in bundles."""
+    return {
+        "first": torch.linspace(-1, 1, 6000),
+        "moving": moving(step),
+        "columns": torch.linspace(-1, 1, 40 * 300).reshape(40, 300).bfloat16(),
+        "grid": torch.arange(90 * 50, dtype=torch.int32).reshape(90, 50) + step,
+        "cube": torch.arange(10 * 11 * 12).reshape(10, 11, 12),
+        "short": torch.linspace(0, 1, 901),
+    }
+
+
+def part(state: dict[str, Any], number: int) -> list[tuple[tuple[str, ...], torch.Tensor, tuple[int, ...], Any]]:
+    """What a process has of a state: the path, the shard, where it begins, and the shape of the whole tensor."""
+    found: list[tuple[tuple[str, ...], torch.Tensor, tuple[int, ...], Any]] = []
+    for name, value in state.items():
+        if isinstance(value, dict):
+            found += [((name, *path), *rest) for path, *rest in part(value, number)]
+        elif name == "grid":
+            row, column = divmod(number, 2)
+            shard = value[45 * row :][:45, 20 * column :][:, : 30 if column else 20]
+            found.append(((name,), shard, (45 * row, 20 * column), value.shape))
+        else:
+            dim = {"columns": 1, "cube": 2}.get(name, 0)
+            pieces = value.tensor_split(PARTS, dim)
+            start = sum(piece.shape[dim] for piece in pieces[:number])
+            at = tuple(start if index == dim else 0 for index in range(value.dim()))
+            found.append(((name,), pieces[number], at, value.shape))
+    return found
+
+
 DTYPES = [
     torch.bool,
     torch.uint8,

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import ckptstore
-from ckptstore.format import DELTA_FORMAT_VERSION
+from ckptstore.format import BLOCK_FORMAT_VERSION
 from ckptstore.manifest import decode_tag
 from tests.golden import states
 from tests.strategies import assert_same
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-VERSIONS = range(1, DELTA_FORMAT_VERSION + 1)
+VERSIONS = range(1, BLOCK_FORMAT_VERSION + 1)
+STEPS = {1: [0, 7], 2: [0, 7], 3: [0, 3, 7]}
 RUN = "run_1.a+b=c,d-e"
 
 
@@ -29,7 +30,7 @@ def test_every_version_has_a_golden_store() -> None:
 def test_its_checkpoints_are_what_they_were(golden: tuple[int, Path]) -> None:
     version, root = golden
     run = ckptstore.Store(root).run(RUN)
-    assert run.steps() == [0, 7]
+    assert run.steps() == STEPS[version]
     assert_same(run.load(7), getattr(states, f"version_{version}")())
     assert torch.equal(run.load(0)["first"], torch.linspace(-1, 1, 6000))
     checkpoint = run.checkpoint()
@@ -43,7 +44,7 @@ def test_it_verifies_and_can_be_saved_into(golden: tuple[int, Path]) -> None:
     version, root = golden
     report = ckptstore.Store(root).verify()
     assert report.ok
-    assert report.checkpoints == 2
+    assert report.checkpoints == len(STEPS[version])
     assert not report.unknown
     run = ckptstore.Store(root).run(RUN)
     saved = run.save(getattr(states, f"version_{version}")(), step=10)
@@ -64,6 +65,20 @@ def test_the_store_of_version_2_has_deltas_of_every_width() -> None:
     }
     assert elements == {1, 2, 4, 8}
     assert_same(run.load(0)["moving"], states.moving(0))
+
+
+def test_the_store_of_version_3_has_blocks_of_every_kind_some_of_them_as_deltas() -> None:
+    run = ckptstore.Store(GOLDEN / "v3").run(RUN)
+    manifest = run.checkpoint(0)._manifest
+    assert manifest.format == 3
+    cut = [segment for segment in manifest.segments if segment.blocks]
+    assert {len(segment.shape or ()) for segment in cut} == {1, 2, 3}
+    assert {block.offset is None for segment in cut for block in segment.blocks or ()} == {True, False}
+    assert any(chunk.base is not None for chunk in manifest.chunks)
+    for step in (0, 3):
+        state = run.load(step)
+        assert state.pop("note") == "cut"
+        assert_same(state, states.cut(step))
 
 
 def test_a_collection_takes_only_what_is_needed_by_nothing(golden: tuple[int, Path]) -> None:
