@@ -19,7 +19,7 @@ from ckptstore.testing import RecordingObjects
 WAYS = ("each for itself", "together")
 
 
-def restore(url: str, options: dict[str, Any], way: str) -> tuple[float, int]:
+def restore(rank: int, url: str, options: dict[str, Any], way: str) -> tuple[float, int]:
     """Restore in this process; the seconds until all processes have, and the bytes that came from the server here."""
     import torch.distributed as dist
 
@@ -38,7 +38,7 @@ def restore(url: str, options: dict[str, Any], way: str) -> tuple[float, int]:
 
 
 def main() -> int:
-    from tests.ranks import ranks
+    from tests.ranks import Ranks
     from tests.servers import running_seaweed
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shared", description=__doc__)
@@ -54,13 +54,16 @@ def main() -> int:
         saved = ckptstore.Store(place["url"], place["options"]).run("lstm").save(training.state(), step=1)
         for size in given.processes:
             found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-            with ranks(size) as processes:
+            processes = Ranks(size)
+            try:
                 for number in range(given.rounds + 1):
                     for way in WAYS if number % 2 else reversed(WAYS):
-                        answers = processes.call("benchmarks.shared:restore", **place, way=way)
+                        answers = processes.run(restore, place["url"], place["options"], way)
                         sent = sum(count for _, count in answers) / saved.stored_bytes
                         if number:  # the first makes connections, and touches memory
                             found[way].append((max(seconds for seconds, _ in answers), sent))
+            finally:
+                processes.stop()
             alone = statistics.median(seconds for seconds, _ in found[WAYS[0]])
             for way, rounds in found.items():
                 seconds = statistics.median(each for each, _ in rounds)

@@ -1,102 +1,112 @@
-"""Processes of one gloo group that call the same function, each with its rank; what they return comes back as JSON.
+"""Processes that hold a gloo process group and do, all at the same time, what a test asks of them.
 
-They are started once and called many times, because each of them imports torch.
+They are started once and serve many tests: starting one takes seconds. A function that they are asked to run is given
+its rank; what it returns, or the text of what it raised, comes back.
 """
 
-import importlib
-import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import pickle
 import tempfile
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 60
+TIMEOUT_SECONDS = 120
+
+
+class Failed(Exception):
+    """What a rank raised: `error` itself, where it can be sent, and its traceback as the text."""
+
+    def __init__(self, text: str, error: BaseException | None) -> None:
+        super().__init__(text)
+        self.error = error
 
 
 class Ranks:
-    """The processes."""
+    """So many processes, from rank 0 on."""
 
-    def __init__(self, size: int, folder: str) -> None:
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.ranks", folder, str(rank), str(size)],
-                cwd=ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(size)
-        ]
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, count, self._folder.name), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self.processes.append(process)
 
-    def call(self, function: str, **arguments: Any) -> list[Any]:
-        """Call "module:function" with `arguments` in all of them; what each returns, by rank.
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
+        """Let every rank run `function(rank, *args)`."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
 
-        If one raises, so does this, with all tracebacks; the processes are of no use then.
-        """
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([function, arguments]) + "\n")
-            process.stdin.flush()
-        answers = []
-        for process in self._processes:
-            assert process.stdout is not None
-            answers.append(json.loads(process.stdout.readline() or '{"raised": "the process has ended"}'))
-        wrong = [f"process {rank}:\n{answer['raised']}" for rank, answer in enumerate(answers) if "raised" in answer]
-        assert not wrong, "\n".join(wrong)
-        return [answer["returned"] for answer in answers]
-
-    def end(self) -> None:
-        for process in self._processes:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.kill()
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
-
-
-@contextmanager
-def ranks(size: int) -> Iterator[Ranks]:
-    """Start them; end them when the block is left."""
-    with tempfile.TemporaryDirectory() as folder:
-        started = Ranks(size, folder)
+    def outcome(self, rank: int) -> Any:
+        """What it returned, or a Failed; None if the process is gone."""
+        if not self._pipes[rank].poll(TIMEOUT_SECONDS):
+            raise TimeoutError(f"rank {rank} does not answer")
         try:
-            yield started
-        finally:
-            started.end()
+            is_good, value = self._pipes[rank].recv()
+        except EOFError:
+            return None
+        return value if is_good else Failed(value[0], None if value[1] is None else pickle.loads(value[1]))
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run it, and return what each rank returned, or a Failed."""
+        self.start(function, *args)
+        return [self.outcome(rank) for rank in range(len(self._pipes))]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run it; raises what the first rank that failed has raised."""
+        found = self.outcomes(function, *args)
+        for rank, each in enumerate(found):
+            if isinstance(each, Failed):
+                raise AssertionError(f"rank {rank}: {each}")
+        return found
+
+    def stop(self) -> None:
+        """End all of them."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._folder.cleanup()
 
 
-def main() -> None:
-    """What runs in each process."""
-    folder, rank, size = sys.argv[1:]
+def _serve(pipe: Connection, rank: int, count: int, folder: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
-    import torch.distributed as dist
+    import torch.distributed
 
-    answers, sys.stdout = sys.stdout, sys.stderr  # what is printed must not pass for an answer
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=int(rank),
-        world_size=int(size),
-        timeout=timedelta(seconds=SECONDS),
+    meeting = (Path(folder) / "meeting").as_uri()
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT_SECONDS)
     )
-    for line in sys.stdin:
-        function, arguments = json.loads(line)
-        module, _, name = function.partition(":")
+    while True:
         try:
-            answer = {"returned": getattr(importlib.import_module(module), name)(**arguments)}
-        except BaseException:  # handed over to the test
-            answer = {"raised": traceback.format_exc()}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+            function, args = pipe.recv()
+        except EOFError:
+            os._exit(0)  # no time for goodbyes that other ranks may not answer
+        try:
+            answer: Any = (True, function(rank, *args))
+        except BaseException as error:
+            answer = (False, (traceback.format_exc(), _pickled(error)))
+        pipe.send(answer)
 
 
-if __name__ == "__main__":
-    main()
+def _pickled(error: BaseException) -> bytes | None:
+    try:
+        return pickle.dumps(error)
+    except Exception:
+        return None

@@ -16,16 +16,16 @@ from ckptstore import peers
 from ckptstore.errors import CheckpointError, UnavailableError
 from ckptstore.objects.open import open_objects
 from ckptstore.testing import RecordingObjects
-from tests.ranks import Ranks, ranks
+from tests.ranks import Ranks
 
 SIZE = 3
-HERE = "tests.integration.test_shared_restore"
 
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[Ranks]:
-    with ranks(SIZE) as started:
-        yield started
+    started = Ranks(SIZE)
+    yield started
+    started.stop()
 
 
 def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -50,7 +50,7 @@ def saved(folder: Path) -> list[str]:
     return [ref.key for ref in new._manifest.chunks if ref.key not in old]
 
 
-def restored(folder: str, group: Any = None, **options: Any) -> dict[str, Any]:
+def restored(rank: int, folder: str, group: Any = None, step: int | None = None) -> dict[str, Any]:
     """What a process finds: the step, its weights in a number, the chunks that it read, and what it was told."""
     objects = RecordingObjects(open_objects(folder))
     model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(300, 300), torch.nn.Linear(300, 3))
@@ -62,7 +62,7 @@ def restored(folder: str, group: Any = None, **options: Any) -> dict[str, Any]:
             checkpoint = (
                 ckptstore.Store(objects)
                 .run("run")
-                .restore({"model": model, "optimizer": optimizer}, group=group or dist.group.WORLD, **options)
+                .restore({"model": model, "optimizer": optimizer}, group=group or dist.group.WORLD, step=step)
             )
         except CheckpointError as error:
             found["error"] = [type(error).__name__, str(error)]
@@ -95,7 +95,7 @@ def test_each_chunk_is_read_by_one_of_the_processes_and_all_have_the_newest_chec
     group: Ranks, tmp_path: Path
 ) -> None:
     saved(tmp_path)
-    found = group.call(f"{HERE}:restored", folder=str(tmp_path))
+    found = group.run(restored, str(tmp_path))
     same_everywhere(found, tmp_path, 2)
     assert sorted(key for each in found for key in each["read"]) == chunks(tmp_path, 2)
     assert all(each["read"] for each in found)
@@ -104,7 +104,7 @@ def test_each_chunk_is_read_by_one_of_the_processes_and_all_have_the_newest_chec
 def test_a_damaged_chunk_makes_all_of_them_go_back_to_the_same_older_checkpoint(group: Ranks, tmp_path: Path) -> None:
     damaged, *_ = saved(tmp_path)
     (tmp_path / damaged).write_bytes(b"damaged")
-    found = group.call(f"{HERE}:restored", folder=str(tmp_path))
+    found = group.run(restored, str(tmp_path))
     same_everywhere(found, tmp_path, 1)
     assert all("Going back to step 1" in each["told"][0] for each in found)
     assert not ckptstore.Store(tmp_path).verify().ok
@@ -112,28 +112,28 @@ def test_a_damaged_chunk_makes_all_of_them_go_back_to_the_same_older_checkpoint(
 
 
 def test_a_first_start_is_one_for_all(group: Ranks, tmp_path: Path) -> None:
-    found = group.call(f"{HERE}:restored", folder=str(tmp_path / "none"))
+    found = group.run(restored, str(tmp_path / "none"))
     assert [(each["step"], each["error"]) for each in found] == [(None, None)] * SIZE
 
 
 def test_a_step_that_is_not_there_is_an_error_in_all_of_them(group: Ranks, tmp_path: Path) -> None:
     saved(tmp_path)
-    found = group.call(f"{HERE}:restored", folder=str(tmp_path), step=7)
+    found = group.run(restored, str(tmp_path), None, 7)
     assert [each["error"][0] for each in found] == ["NotFoundError"] * SIZE
     assert "it has steps 1, 2" in found[2]["error"][1]
 
 
 def test_what_does_not_fit_one_of_them_is_an_error_in_all_that_names_it(group: Ranks, tmp_path: Path) -> None:
     saved(tmp_path)
-    found = group.call(f"{HERE}:restored_where_the_last_is_another_model", folder=str(tmp_path))
+    found = group.run(restored_where_the_last_is_another_model, str(tmp_path))
     assert [each[0] for each in found] == ["InvalidInputError"] * SIZE
     assert found[0][1].startswith("process 2: ")
     assert not found[2][1].startswith("process")
 
 
-def restored_where_the_last_is_another_model(folder: str) -> list[str]:
+def restored_where_the_last_is_another_model(rank: int, folder: str) -> list[str]:
     model = torch.nn.Sequential(*(torch.nn.Linear(300, 300 if index < 2 else 3) for index in range(3)))
-    if dist.get_rank() == SIZE - 1:
+    if rank == SIZE - 1:
         model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     before = [parameter.clone() for parameter in model.parameters()]
     try:
@@ -146,27 +146,27 @@ def restored_where_the_last_is_another_model(folder: str) -> list[str]:
 
 def test_processes_that_want_different_parts_read_them_for_themselves(group: Ranks, tmp_path: Path) -> None:
     saved(tmp_path)
-    found = group.call(f"{HERE}:restored_in_part", folder=str(tmp_path))
+    found = group.run(restored_in_part, str(tmp_path))
     tree = ckptstore.Store(tmp_path).run("run").load(2)
     assert found == [float(sum(tensor.double().sum() for tensor in tree["model"].values()))] * SIZE
 
 
-def restored_in_part(folder: str) -> float:
+def restored_in_part(rank: int, folder: str) -> float:
     model, optimizer = trained()
-    destination = {"model": model} if dist.get_rank() else {"model": model, "optimizer": optimizer}
+    destination = {"model": model} if rank else {"model": model, "optimizer": optimizer}
     ckptstore.Store(folder).run("run").restore(destination, group=dist.group.WORLD)
     return float(sum(parameter.double().sum() for parameter in model.parameters()))
 
 
 def test_bytes_that_change_on_their_way_are_read_again_from_the_store(group: Ranks, tmp_path: Path) -> None:
     saved(tmp_path)
-    found = group.call(f"{HERE}:restored_over_a_bad_line", folder=str(tmp_path))
+    found = group.run(restored_over_a_bad_line, str(tmp_path))
     same_everywhere(found, tmp_path, 2)
     assert sorted(found[1]["read"]) == chunks(tmp_path, 2)  # the last bit of each that came was another
     assert len(found[0]["read"]) + len(found[2]["read"]) < len(chunks(tmp_path, 2))
 
 
-def restored_over_a_bad_line(folder: str) -> dict[str, Any]:
+def restored_over_a_bad_line(rank: int, folder: str) -> dict[str, Any]:
     give: Callable[..., None] = peers.Group.give
 
     def spoil(self: peers.Group, memory: Any, owner: int) -> None:
@@ -175,50 +175,50 @@ def restored_over_a_bad_line(folder: str) -> dict[str, Any]:
             memory[-1] ^= 1
 
     with mock.patch.object(peers.Group, "give", spoil):
-        return restored(folder)
+        return restored(rank, folder)
 
 
 def test_a_process_that_cannot_read_the_store_fails_the_restore_of_all_and_says_which_it_is(
     group: Ranks, tmp_path: Path
 ) -> None:
     saved(tmp_path)
-    found = group.call(f"{HERE}:restored_where_one_is_cut_off", folder=str(tmp_path))
+    found = group.run(restored_where_one_is_cut_off, str(tmp_path))
     assert [each["error"][0] for each in found] == ["UnavailableError"] * SIZE
     assert "process 1: " in found[0]["error"][1]
     assert "cut off" in found[0]["error"][1]
     assert all("must not be used" in each["error"][1] for each in found)
 
 
-def restored_where_one_is_cut_off(folder: str) -> dict[str, Any]:
+def restored_where_one_is_cut_off(rank: int, folder: str) -> dict[str, Any]:
     def get(self: RecordingObjects, key: str) -> bytes | None:
         raise UnavailableError(f"cut off from {key}")
 
-    with mock.patch.object(RecordingObjects, "get", get) if dist.get_rank() == 1 else contextlib.nullcontext():
-        return restored(folder)
+    with mock.patch.object(RecordingObjects, "get", get) if rank == 1 else contextlib.nullcontext():
+        return restored(rank, folder)
 
 
 def test_one_process_in_a_group_of_its_own_restores_as_it_does_without_one(group: Ranks, tmp_path: Path) -> None:
     saved(tmp_path)
-    found = group.call(f"{HERE}:restored_by_each", folder=str(tmp_path))
+    found = group.run(restored_by_each, str(tmp_path))
     same_everywhere(found, tmp_path, 2)
     assert all(sorted(each["read"]) == chunks(tmp_path, 2) for each in found)
 
 
-def restored_by_each(folder: str) -> dict[str, Any]:
+def restored_by_each(rank: int, folder: str) -> dict[str, Any]:
     groups = [dist.new_group([rank]) for rank in range(SIZE)]
-    return restored(folder, groups[dist.get_rank()])
+    return restored(rank, folder, groups[rank])
 
 
 def test_a_part_of_the_processes_restores_in_a_group_of_its_own(group: Ranks, tmp_path: Path) -> None:
     saved(tmp_path)
-    found = group.call(f"{HERE}:restored_by_some", folder=str(tmp_path))
+    found = group.run(restored_by_some, str(tmp_path))
     assert [each and each["step"] for each in found] == [None, 2, 2]
     assert sorted(key for each in found if each for key in each["read"]) == chunks(tmp_path, 2)
 
 
-def restored_by_some(folder: str) -> dict[str, Any] | None:
+def restored_by_some(rank: int, folder: str) -> dict[str, Any] | None:
     group = dist.new_group(list(range(1, SIZE)))
-    if dist.get_rank() == 0:
+    if rank == 0:
         with pytest.raises(ckptstore.InvalidInputError, match="not in the group"):
             ckptstore.Store(folder).run("run").restore({}, group=group)
         return None
