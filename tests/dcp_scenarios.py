@@ -4,7 +4,11 @@ import contextlib
 import gc
 import os
 import signal
+import time
+import uuid
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,8 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ckptstore
 from ckptstore.errors import UnavailableError
+from ckptstore.format import MARKER_KEY
 from ckptstore.integrations.dcp import CkptstoreReader, CkptstoreWriter
+from ckptstore.manifest import Marker, encode
 from ckptstore.objects.local import LocalObjects
+from ckptstore.writer import now_text
 
 State = dict[str, Any]
 RUN = "lstm"
@@ -128,6 +135,14 @@ def writer(store: str, step: int, **options: Any) -> CkptstoreWriter:
 
 def reader(store: str, step: int | None = None) -> CkptstoreReader:
     return CkptstoreReader(store, run=RUN, step=step)
+
+
+def small_chunks(root: Path) -> str:
+    """A store whose chunks are shorter than shards; returns its URL."""
+    objects = LocalObjects(root)
+    marker = Marker(store=uuid.uuid4().hex, created=now_text(), chunk_bytes=4096, small_bytes=1024)
+    objects.create(MARKER_KEY, encode(marker))
+    return str(root)
 
 
 # ---- scenarios
@@ -248,10 +263,18 @@ def load_what_is_not_there(rank: int, store: str, step: int, allowed: bool) -> N
     assert torch.equal(state["unheard of"], torch.ones(2))
 
 
-def save_in_the_background(rank: int, store: str, step: int, in_process: bool) -> None:
-    state: State = {"rows": sharded(mesh_of(4))["rows"], "weight": numbers(100, 200), "step": step}
+def save_in_the_background(rank: int, store: str, step: int, in_process: bool, count: int) -> None:
+    mesh = mesh_of(count)
+    if rank >= count:
+        return
+    state: State = {"rows": sharded(mesh)["rows"], "weight": numbers(100, 200), "step": step}
     kind = AsyncCheckpointerType.PROCESS if in_process else AsyncCheckpointerType.THREAD
-    saved = async_save(state, storage_writer=writer(store, step), async_checkpointer_type=kind)
+    saved = async_save(
+        state,
+        storage_writer=writer(store, step),
+        async_checkpointer_type=kind,
+        process_group=mesh.get_group(),
+    )
     state["weight"].zero_()
     state["rows"].to_local().zero_()
     saved.result()  # type: ignore[union-attr]
@@ -278,7 +301,9 @@ def failing_puts(prefix: str) -> Iterator[None]:
 
 def save_while_one_fails(rank: int, store: str, step: int, failing: int) -> None:
     with failing_puts("chunks/" if rank == failing else "nothing"):
-        save({"sharded": sharded(mesh_of(4))}, storage_writer=writer(store, step))
+        save(
+            {"sharded": {name: -each for name, each in sharded(mesh_of(4)).items()}}, storage_writer=writer(store, step)
+        )
 
 
 def save_while_one_is_killed(rank: int, store: str, step: int) -> None:
@@ -294,8 +319,15 @@ def save_while_one_is_killed(rank: int, store: str, step: int) -> None:
         save({"rows": distribute_tensor(numbers(400, 300), mesh, [Shard(0)])}, storage_writer=writer(store, step))
 
 
-def forget_everything(rank: int) -> None:
+def sessions_after_the_failure(rank: int, store: str) -> int:
+    """How many sessions stand when all that the failed save has left in memory is gone."""
     gc.collect()
+    for _ in range(200):
+        names = list((Path(store) / "sessions").glob("*.json"))
+        if not names:
+            break
+        time.sleep(0.05)
+    return len(names)
 
 
 def save_and_count(rank: int, store: str, step: int, *shape: int) -> list[str]:
@@ -335,11 +367,13 @@ def load_and_count(rank: int, store: str, step: int) -> list[str]:
 def save_during_a_collection(rank: int, store: str, step: int, grace: float) -> list[int]:
     """Rank 1 collects when the chunks of all ranks are there and nothing is committed yet."""
     waiting: list[int] = []
+    collecting: list[bool] = []
     sync = LocalObjects.sync
 
     def collect_and_sync(self: LocalObjects, keys: Any) -> None:
         sync(self, keys)
-        if rank == 1:
+        if rank == 1 and not collecting:
+            collecting.append(True)
             report = ckptstore.Store(store).collect(grace=grace)
             waiting.append(len(report.waiting))
 
@@ -356,7 +390,7 @@ def load_the_newest_that_only_some_see(rank: int, store: str, steps: list[int]) 
     """Rank by rank another newest checkpoint."""
     made = CkptstoreReader(store, run=RUN)
     made._place.step = steps[rank]
-    load({"step": 0}, storage_reader=made)
+    load({"odd": {"one": 0}}, storage_reader=made)
 
 
 def save_plans_cached(rank: int, store: str) -> None:
@@ -388,3 +422,11 @@ def save_old_shards(rank: int, store: str, step: int) -> None:
     shard = OldShard(data, ShardMetadata([row, column], [height, width], f"rank:{rank}/cpu"))
     tensor = sharded_tensor.init_from_local_shards([shard], 200, 200)
     save({"odd": tensor}, storage_writer=writer(store, step))
+
+
+def load_the_newest(rank: int, store: str) -> int:
+    made = reader(store)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ckptstore.CheckpointWarning)
+        load({"sharded": {"rows": emptied(sharded(mesh_of(4)))["rows"]}}, storage_reader=made)
+    return made.checkpoint.step

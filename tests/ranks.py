@@ -36,7 +36,7 @@ class Ranks:
         self.processes = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, count, self._folder.name), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, count, self._folder.name))
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -85,6 +85,7 @@ class Ranks:
 def _serve(pipe: Connection, rank: int, count: int, folder: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # where async_save puts its processes
     import torch
     import torch.distributed
 
