@@ -242,6 +242,15 @@ class _Matcher:
         if saved != live:
             self.found.problems.append(f"{path} has parameter groups of {live} tensors and {saved} in the checkpoint")
             return
+        state = _mapping_members((_mapping_members(node, path) or {}).get("state"), path) or {}
+        numbers = {str(number) for each in params for number in each or () if type(number) is int}
+        if texts := [key for key in state if isinstance(key, str) and key in numbers]:
+            # torch would keep it as that of something else, and begin with none for the parameter: in silence.
+            self.found.problems.append(
+                f"{path} has the state of its parameters under texts ({shown(texts[0])}) in the checkpoint, not "
+                "under numbers: load() it, and make the keys of `state` numbers again"
+            )
+            return
         for group, own in zip(members, optimizer.param_groups, strict=True):
             # A newer version of an optimizer has settings more. One that has settings less besides is another: torch
             # would take over its settings, and fail in the first step, or train with what they happen to be.

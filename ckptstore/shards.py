@@ -323,6 +323,23 @@ def _encode(node: Any, depth: int) -> Any:
     members: Mapping[Any, Any] = {key: _encode(below, depth + 1) for key, below in node.members.items()}
     if node.is_list:
         return [members.get(index) for index in range(1 + max(members, default=-1))]
+    if (numbered := _numbered(members)) is not None:
+        members = {**members, "state": numbered}
     if all(not key.startswith(TAG) for key in members):
         return members
     return {TAG: "dict", "items": [[encode_hashable(key, str(key)), below] for key, below in members.items()]}
+
+
+def _numbered(members: Mapping[str, Any]) -> Any:
+    """The state of an optimizer, if `members` is one's, with the numbers of its parameters for keys; else None.
+
+    DCP makes texts of all keys on its way here. To torch the state of a parameter "0" is that of none.
+    """
+    groups, state = members.get("param_groups"), members.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict) or TAG in state:
+        return None
+    params = [group.get("params") for group in groups if isinstance(group, dict)]
+    numbers = {str(number) for each in params if isinstance(each, list) for number in each if type(number) is int}
+    if not state or not numbers.issuperset(state):
+        return None
+    return {TAG: "dict", "items": [[int(key), below] for key, below in state.items()]}

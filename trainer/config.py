@@ -162,6 +162,10 @@ class SaveSchedule:
         self._warm_at = start + WARM_UP_STEPS
         self._due_at: float | None = None
 
+    @property
+    def goes_by_clock(self) -> bool:
+        return self._steps is None
+
     def due(self, step: int) -> bool:
         if self._steps:
             return step % self._steps == 0

@@ -16,13 +16,20 @@ from trainer.config import ConfigError, Options, SaveSchedule
 from trainer.data import Batches, Corpus, load_corpus, tokenize
 from trainer.model import LanguageModel
 from trainer.progress import TrainingProgress, perplexity_text, size_text, watched
+from trainer.team import JointSave, Team, joined
 
 KEPT = ("vocab_size", "embed_size", "hidden_size", "batch_size", "bptt", "lr", "clip", "dropout", "seed")
 """The options that a run keeps from its first step to its last: with others it would be another training."""
 
 
 def train(options: Options) -> None:
-    device = prepare(options)
+    """Train, alone or as one of the processes that torchrun has started."""
+    with joined(options, prepare(options)) as team:
+        train_in(team, options)
+
+
+def train_in(team: Team, options: Options) -> None:
+    device = team.device
     # This trainer draws from torch's generator only; the others are seeded as they are saved with it.
     random.seed(options.seed)
     numpy.random.seed(options.seed % 2**32)
@@ -31,20 +38,25 @@ def train(options: Options) -> None:
     batches = Batches(corpus.train, options.batch_size, options.bptt)
     settings = {name: getattr(options, name) for name in KEPT}
     settings |= {"text": corpus.digest, "threads": torch.get_num_threads()}
+    if team.size > 1:
+        settings["processes"] = team.size
 
     model = build_model(settings).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    hidden = model.initial_state(options.batch_size)
+    hidden = model.initial_state(options.batch_size // team.size)
+    replica = team.wrapped(model)
+    team.seed(options.seed)
     step, last_step = 0, options.epochs * len(batches)
     last_step = min(last_step, options.steps or last_step)
 
     run = open_run(options)
     began = time.perf_counter()
     try:
-        # All four are filled in place; numbers come back in `checkpoint.state`.
-        checkpoint = run.restore(
-            {"model": model, "optimizer": optimizer, "rng": ckptstore.RngState(), "hidden": hidden}
-        )
+        # What the tree holds is filled in place; numbers come back in `checkpoint.state`.
+        filled = {"model": model, "optimizer": optimizer}
+        if team.size == 1:
+            filled |= {"rng": ckptstore.RngState(), "hidden": list(hidden)}
+        checkpoint = run.restore(filled, group=team.group)
     except ckptstore.InvalidInputError as error:
         compare_settings(run.load(only="settings"), settings, options.run)  # names the option, if that is it
         raise ConfigError(
@@ -57,25 +69,33 @@ def train(options: Options) -> None:
         step = checkpoint.state["step"]
         notes = [f"resumed from step {step} (verified, {size} in {seconds:.1f} s)"]
         notes += compare_settings(checkpoint.state["settings"], settings, options.run)
+        saved_by = checkpoint.state["settings"].get("processes", 1)
+        if team.size > 1:
+            hidden = team.restore_hidden(run, step)
+            notes += team.restore_rng(run, step, saved_by, options.seed)
+        elif saved_by > 1:
+            notes.append(f"it was saved by {saved_by} processes, now 1: the last bits may differ")
     if step >= last_step:
         notes.append(f"nothing to do: step {step} of {last_step} is done")
 
     schedule = SaveSchedule(options, steps_per_epoch=len(batches), start=step)
     with ExitStack() as stack:
-        log = stack.enter_context(options.log.open("a", encoding="utf-8")) if options.log else None
+        log = stack.enter_context(options.log.open("a", encoding="utf-8")) if options.log and team.is_first else None
         words_per_step = options.batch_size * options.bptt
-        progress = stack.enter_context(TrainingProgress(step, last_step, words_per_step, options.print_every))
+        progress = stack.enter_context(
+            TrainingProgress(step, last_step, words_per_step, options.print_every, quiet=not team.is_first)
+        )
         progress.note(*notes)
-        saver = Saver(run, schedule, progress, in_background=options.save_async)
+        saver = Saver(run, schedule, progress, team, options)
 
         while step < last_step:
             epoch, position = divmod(step, len(batches))
             if position == 0:
-                hidden = model.initial_state(options.batch_size)
-            words, targets = (part.to(device) for part in batches[position])
+                hidden = model.initial_state(options.batch_size // team.size)
+            words, targets = (team.rows(part).to(device) for part in batches[position])
             model.train()
             # Detached, the gradient ends where the batch began: truncated backpropagation through time.
-            logits, hidden = model(words, (hidden[0].detach(), hidden[1].detach()))
+            logits, hidden = replica(words, (hidden[0].detach(), hidden[1].detach()))
             loss = cross_entropy(logits, targets)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -83,20 +103,23 @@ def train(options: Options) -> None:
             optimizer.step()
             step += 1
 
-            metrics = {"loss": loss.item()}
+            metrics = {"loss": team.mean(loss)}
             if log:
                 log.write(json.dumps({"step": step, **metrics}) + "\n")
                 log.flush()
             progress.step(step, metrics["loss"])
-            if step % len(batches) == 0:
+            if step % len(batches) == 0 and team.is_first:
                 metrics["validation_loss"] = validated = validation_loss(model, corpus)
                 progress.note(f"epoch {epoch + 1}: validation loss {validated:.4f}, {perplexity_text(validated)}")
-            if schedule.due(step) or step == last_step:
+            due = schedule.due(step)
+            if schedule.goes_by_clock:
+                due = team.first_decides(due)
+            if due or step == last_step:
                 state = {
                     "model": model,
                     "optimizer": optimizer,
                     "rng": ckptstore.RngState(),
-                    "hidden": (hidden[0].detach(), hidden[1].detach()),
+                    "hidden": [hidden[0].detach(), hidden[1].detach()],
                     "step": step,
                     "epoch": step // len(batches),
                     "position": step % len(batches),
@@ -111,20 +134,23 @@ class Saver:
     """Saves, in the background if asked to; a save that fails ends the training, it never passes in silence."""
 
     def __init__(
-        self, run: ckptstore.Run, schedule: SaveSchedule, progress: TrainingProgress, *, in_background: bool
+        self, run: ckptstore.Run, schedule: SaveSchedule, progress: TrainingProgress, team: Team, options: Options
     ) -> None:
         self._run = run
         self._schedule = schedule
         self._progress = progress
-        self._in_background = in_background
-        self._pending: ckptstore.PendingSave | None = None
+        self._team = team
+        self._options = options
+        self._pending: ckptstore.PendingSave | JointSave | None = None
         self._began = 0.0
 
     def save(self, state: dict[str, Any], step: int, metrics: dict[str, float]) -> None:
         stalled_at = time.perf_counter()
         self.finish()  # the save before this one, should it still be under way
         self._began = time.perf_counter()
-        if self._in_background:
+        if self._team.size > 1:
+            self._pending = self._team.save(self._run, self._options, state, step=step, metrics=metrics)
+        elif self._options.save_async:
             self._pending = self._run.save_async(state, step=step, metrics=metrics)
         else:
             self._report(self._run.save(state, step=step, metrics=metrics))
@@ -141,7 +167,9 @@ class Saver:
             pending, self._pending = self._pending, None
             self._report(pending.result())
 
-    def _report(self, saved: ckptstore.Checkpoint) -> None:
+    def _report(self, saved: ckptstore.Checkpoint | None) -> None:
+        if saved is None:
+            return  # the first process has committed it, and tells
         seconds = time.perf_counter() - self._began
         self._progress.saved(saved.step, saved.metrics["loss"], saved.raw_bytes, saved.new_bytes, seconds)
 
@@ -233,7 +261,9 @@ def prepare(options: Options) -> torch.device:
 
 def compare_settings(saved: dict[str, Any], given: dict[str, Any], run: str) -> list[str]:
     """Raise ConfigError if a run would go on as another one; return notes of what matters less."""
-    changed = [name for name in given if name not in ("threads", "text") and saved.get(name) != given[name]]
+    changed = [
+        name for name in given if name not in ("threads", "text", "processes") and saved.get(name) != given[name]
+    ]
     texts = [f"--{name.replace('_', '-')} was {saved.get(name)}, now {given[name]}" for name in changed]
     if saved["text"] != given["text"]:
         texts.append("--text is another text now")

@@ -13,8 +13,10 @@ T = TypeVar("T")
 
 
 class TrainingProgress:
-    def __init__(self, first_step: int, last_step: int, words_per_step: int, print_every: int) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+    def __init__(
+        self, first_step: int, last_step: int, words_per_step: int, print_every: int, *, quiet: bool = False
+    ) -> None:
+        self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._last_step = last_step
         self._words_per_step = words_per_step
         self._print_every = print_every

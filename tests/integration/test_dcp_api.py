@@ -63,8 +63,8 @@ def test_checkpoint_id_names_run_and_step_or_the_step_alone(tmp_path: Path) -> N
     assert writer.checkpoint_id == "b@3"
     reader = CkptstoreReader(tmp_path, run="a")
     assert reader.checkpoint_id == "a@latest"
-    for checkpoint_id, step in ((None, 2), ("1", 1), ("b@3", 3)):
-        load(state := emptied(), checkpoint_id=checkpoint_id, storage_reader=reader)
+    for wanted, step in ((None, 2), ("1", 1), ("b@3", 3)):
+        load(state := emptied(), checkpoint_id=wanted, storage_reader=reader)
         assert_same(state, STATE)
         assert reader.checkpoint.step == step
 

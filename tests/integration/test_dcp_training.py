@@ -1,4 +1,4 @@
-"""Models and optimizers through torch.distributed.checkpoint, between DDP, FSDP2 and one process, to Run and from it."""
+"""Models and optimizers through torch.distributed.checkpoint: DDP, FSDP2 and one process, to Run and from it."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ from ckptstore.cli import main
 from ckptstore.integrations.dcp import CkptstoreReader, CkptstoreWriter
 from tests import dcp_scenarios as scenarios
 from tests.ranks import Ranks
+from tests.strategies import assert_same
 
 RUN = scenarios.RUN
 CHAIN = [("fsdp", 4), ("fsdp", 2), ("ddp", 1), ("fsdp", 4), ("ddp", 2)]
@@ -61,6 +62,29 @@ def test_the_optimizer_of_run_save_comes_back_through_dcp_in_one_process(tmp_pat
     moments = optimizer.state_dict()["state"]
     for number, found in state["optimizer"]["state"].items():
         scenarios.assert_holds(found, moments[int(number)])
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_one_process_restores_an_optimizer_of_which_dcp_saved_the_plain_state(tmp_path: Path, as_object: bool) -> None:
+    model, optimizer = scenarios.model_and_optimizer(seed=1)
+    scenarios.train(model, optimizer)
+    plain = optimizer if as_object else optimizer.state_dict()
+    save({"model": model.state_dict(), "optimizer": plain}, storage_writer=CkptstoreWriter(tmp_path, run=RUN, step=1))
+    other, other_optimizer = scenarios.model_and_optimizer(seed=2)
+    ckptstore.Store(tmp_path).run(RUN).restore({"model": other, "optimizer": other_optimizer})
+    assert_same(other_optimizer.state_dict(), optimizer.state_dict())
+
+
+def test_an_optimizer_whose_parameters_are_texts_is_refused(tmp_path: Path) -> None:
+    model, optimizer = scenarios.model_and_optimizer(seed=1)
+    scenarios.train(model, optimizer)
+    plain = optimizer.state_dict()
+    state = {"optimizer": {**plain, "state": {str(number): each for number, each in plain["state"].items()}}}
+    ckptstore.Store(tmp_path).run(RUN).save(state, step=1)
+    _, other_optimizer = scenarios.model_and_optimizer(seed=2)
+    with pytest.raises(ckptstore.InvalidInputError, match="under texts"):
+        ckptstore.Store(tmp_path).run(RUN).restore({"optimizer": other_optimizer})
+    assert not other_optimizer.state
 
 
 def test_stateful_objects_are_saved_and_loaded_through_their_methods(tmp_path: Path) -> None:
