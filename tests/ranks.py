@@ -88,6 +88,7 @@ def _serve(pipe: Connection, rank: int, count: int, folder: str) -> None:
     os.environ["MASTER_ADDR"] = "127.0.0.1"  # where async_save puts its processes
     import torch
     import torch.distributed
+    from torch.distributed.checkpoint import _async_process_executor
 
     torch.set_num_threads(1)
     meeting = (Path(folder) / "meeting").as_uri()
@@ -98,6 +99,7 @@ def _serve(pipe: Connection, rank: int, count: int, folder: str) -> None:
         try:
             function, args = pipe.recv()
         except EOFError:
+            _async_process_executor._CHECKPOINT_PROCESS = None  # it is asked to end, if there is one
             os._exit(0)  # no time for goodbyes that other ranks may not answer
         try:
             answer: Any = (True, function(rank, *args))

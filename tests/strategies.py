@@ -375,3 +375,24 @@ def _overlap(first: torch.Tensor, second: torch.Tensor) -> tuple[list[int], list
         return None
     start = _addresses(first)[0]
     return (_addresses(first) - start).tolist(), (_addresses(second) - start).tolist()
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """A shape that is not empty, and boxes that it was cut into, in any order: where each begins, and its sizes."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=4)))
+    boxes = [((0,) * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 5))):
+        at, sizes = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        wide = [dimension for dimension, size in enumerate(sizes) if size > 1]
+        if not wide:
+            boxes.append((at, sizes))
+            break
+        dimension = draw(st.sampled_from(wide))
+        size = draw(st.integers(1, sizes[dimension] - 1))
+        below, rest = list(sizes), list(sizes)
+        below[dimension], rest[dimension] = size, sizes[dimension] - size
+        after = list(at)
+        after[dimension] += size
+        boxes += [(at, tuple(below)), (tuple(after), tuple(rest))]
+    return shape, draw(st.permutations(boxes))

@@ -22,8 +22,8 @@ MAX_EXTENT = 2**48
 
 _TENSOR_KINDS = {
     "DTensor": (
-        "a distributed tensor cannot be saved directly yet: use torch.distributed.checkpoint for now, "
-        "or save .full_tensor()."
+        "a distributed tensor is saved through torch.distributed.checkpoint, with "
+        "ckptstore.integrations.dcp.CkptstoreWriter; or save .full_tensor()."
     ),
     "FakeTensor": "a fake tensor has no values: save the real one.",
     "UninitializedTensorMixin": (

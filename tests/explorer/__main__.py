@@ -15,7 +15,9 @@ SMALL_SCENES = ("ABPQG", "APGH", "ABPGH")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.explorer", description=__doc__)
-    parser.add_argument("--actors", default="ABPQGH", help="of A, B (saves), P, Q (deletes), G, H (collections)")
+    parser.add_argument(
+        "--actors", default="ABPQGH", help="of A, B (saves), J and K (a joint one), P, Q (deletes), G, H"
+    )
     parser.add_argument("--limit", type=int, default=20_000_000, help="visit at most so many states")
     given = parser.parse_args()
     good = True

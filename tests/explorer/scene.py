@@ -12,7 +12,7 @@ import msgspec
 
 from ckptstore import protocol
 from ckptstore.deltas import Held
-from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, RUNS, SESSIONS, ManifestKey, chunk_key, condemned_key
+from ckptstore.format import CHUNKS, CONDEMNED, DELTAS, RUNS, SESSIONS, ManifestKey, chunk_key, condemned_key, part_id
 from ckptstore.manifest import ChunkRef, Condemned, Manifest, Segment, Writer, decode_condemned, encode
 from ckptstore.protocol import Create, Get, List, Open, Operation, Put, Upload, collects, saves
 from ckptstore.protocol.roots import read_roots
@@ -22,6 +22,9 @@ DIGEST = "ab" * 32
 ZERO, A, B = (f"{number:032x}" for number in (0, 10, 11))
 C, D, R, T = (f"{number:032x}" for number in (12, 13, 20, 21))
 G, H, LAST, MARK = (f"{number:032x}" for number in (0x1000, 0x2000, 0x3000, 0x4000))
+J = f"{30:032x}"
+TOLD, DONE = "mail/told", "mail/done"
+"""What the processes of a joint save tell each other; in the model it lies beside the store's keys."""
 NOW = "2026-01-02T03:04:05.000006Z"
 WRITER = Writer(host="host", pid=1, version="0")
 
@@ -146,8 +149,69 @@ def repair_explorer(names: str) -> Explorer:
     return Explorer(damaged_content(), made, lost_step)
 
 
+def coordinator() -> Steps:
+    """J: opens the session of a joint save, holds its own part, waits for the rank's, and commits."""
+    asked = request(J, "r", 2)
+    begun = protocol.JointRequest(run=asked.run, step=asked.step, save=J, created=NOW, writer=WRITER)
+    newest = yield from protocol.begin(begun)
+    yield Put(TOLD, str(newest).encode())
+    held = yield from protocol.hold(protocol.PartRequest(part_id(J, 0), asked.chunks, newest))
+    while True:
+        [theirs] = yield Get((DONE,))
+        if theirs is not None:
+            break
+    # Of two that hold the same, either may be named. That the rank's is, lets its guards count.
+    held |= msgspec.json.decode(theirs, type=dict[str, Held])
+    return (yield from protocol.conclude(asked, held))
+
+
+def rank(without: str | None = None) -> Callable[[], Steps]:
+    """K: waits until it is told that the session stands, holds its part, which is the same, and tells of it."""
+
+    def steps() -> Steps:
+        newest: ManifestKey | None = None
+        while without != "told after the session was opened":
+            [told] = yield Get((TOLD,))
+            if told is not None:
+                newest = ManifestKey.parse(told.decode())
+                break
+        part = protocol.PartRequest(part_id(J, 1), {DIGEST: len(CHUNK)}, newest)
+        change = _SAVER_MUTANTS.get(without or "")
+        held = yield from (change(protocol.hold(part)) if change else protocol.hold(part))
+        yield Put(DONE, msgspec.json.encode(held))
+
+    return steps
+
+
+def joint_explorer(names: str, without: str | None = None) -> Explorer:
+    """A joint save, of the coordinator J and the rank K, beside saves (A, B), deletes (P) and collections (G, H)."""
+    made: list[Callable[[], Steps]] = []
+    for name in names:
+        if name in "JK":
+            made.append(coordinator if name == "J" else rank(without))
+        elif name in "AB":
+            made.append(saver(name))
+        else:
+            made.append(deleter(name) if name in "PQ" else collector(name))
+    return Explorer(first_content(), made, lost_chunk)
+
+
+JOINT_GUARDS = (
+    "told after the session was opened",
+    "condemned lists read after opening",
+    "nothing remembered from before",
+    "no key used twice",
+)
+"""What each rank of a joint save has to keep to."""
+
+
 def explorer(names: str, without: str | None = None, *, wait: bool = False) -> Explorer:
-    """The explorer of the actors A, B, C, D, P, Q, G, H that `names` holds, with one of the guards taken out."""
+    """The explorer of the actors A, B, C, D, P, Q, G, H that `names` holds, with one of the guards taken out.
+
+    With J and K it is that of a joint save.
+    """
+    if "J" in names:
+        return joint_explorer(names, without)
     made: dict[str, Callable[[], Steps]] = {}
     for name in names:
         if name in "ABCD":

@@ -78,3 +78,26 @@ def test_a_repair_that_gave_way_to_the_burial_of_what_it_replaces_would_lose_the
 
     with mock.patch.object(rewrites, "_settle", gives_way):
         assert scene.repair_explorer("RG").explore(1_000_000).lost
+
+
+@pytest.mark.parametrize(
+    "actors",
+    ["JKPG", "JKBPG"],
+    ids=[
+        "a joint save, a delete, a collection",
+        "a joint save, another save, a delete, a collection",
+    ],
+)
+def test_no_interleaving_of_the_processes_of_a_joint_save_with_collections_loses_a_chunk(actors: str) -> None:
+    explored = scene.joint_explorer(actors)
+    found = explored.explore(5_000_000)
+    assert found.lost is None
+    assert found.complete
+    assert any(key.startswith("runs/r/00000000000000000002.") for content in explored.contents for key, _ in content)
+    for content in explored.contents:
+        assert scene.leftovers(run_alone(scene.collector("last")(), content)) == []
+
+
+@pytest.mark.parametrize("guard", scene.JOINT_GUARDS)
+def test_without_any_one_guard_of_a_rank_a_chunk_is_lost(guard: str) -> None:
+    assert any(scene.joint_explorer(actors, guard).explore(2_000_000).lost for actors in ("JKPG", "JKPGH"))

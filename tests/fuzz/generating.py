@@ -9,8 +9,8 @@ import msgspec
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from ckptstore.format import MIN_MANIFEST_BYTES, ManifestKey
-from ckptstore.manifest import ChunkRef, Manifest, Segment, Writer, encode
+from ckptstore.format import MAX_BLOCK_DIMENSIONS, MIN_MANIFEST_BYTES, ManifestKey
+from ckptstore.manifest import Block, ChunkRef, Manifest, Segment, Writer, encode, format_naming
 from ckptstore.skeleton import TensorNode
 from ckptstore.tree import flatten
 from tests.fuzz import mutating
@@ -51,6 +51,7 @@ def manifests(draw: st.DrawFn) -> Parts:
         segments = [Segment(bytes=n, element=1, chunks=[i] if n else []) for i, n in enumerate(lengths)]
         chunks = [_ref(i, max(n, 1)) for i, n in enumerate(lengths)]
     value = Manifest(
+        format=format_naming([], segments),
         run=KEY.run,
         step=KEY.step,
         save=KEY.save_id,
@@ -79,13 +80,33 @@ def manifests(draw: st.DrawFn) -> Parts:
 def _of_a_state(state: Any) -> tuple[Any, list[Segment], list[ChunkRef]]:
     skeleton, found = flatten(state)
     segments: list[Segment] = []
+    refs: list[ChunkRef] = []
     for leaf in found:
         value: Any = leaf.value
         dtype = str(value.dtype).removeprefix("torch.") if leaf.node["$"] == "tensor" else value.dtype.str
         node = TensorNode(leaf.node["$"], dtype, tuple(value.shape), len(segments))
         leaf.node.update(node.to_json())
-        segments.append(Segment(bytes=node.span_bytes, element=1, chunks=[len(segments)] if node.span_bytes else []))
-    return skeleton, segments, [_ref(index, max(each.bytes, 1)) for index, each in enumerate(segments)]
+        segments.append(_segment(node, refs))
+    return skeleton, segments, refs
+
+
+def _segment(node: TensorNode, refs: list[ChunkRef]) -> Segment:
+    """A segment that is put together of two blocks, if the tensor has two rows or more; else a plain one."""
+    if not node.span_bytes:
+        return Segment(bytes=0, element=1, chunks=[])
+    number = len(refs)
+    if not node.shape or node.shape[0] < 2 or len(node.shape) > MAX_BLOCK_DIMENSIONS:
+        refs.append(_ref(number, node.span_bytes))
+        return Segment(bytes=node.span_bytes, element=1, chunks=[number])
+    row = node.span_bytes // node.shape[0]
+    refs += [_ref(number, row), _ref(number + 1, node.span_bytes)]
+    rest = list(node.shape[1:])
+    blocks = [
+        Block(at=[0] * len(node.shape), shape=[1, *rest], chunks=1),
+        Block(at=[1, *[0] * len(rest)], shape=[node.shape[0] - 1, *rest], chunks=1, offset=row),
+    ]
+    chunks = [number, number + 1]
+    return Segment(bytes=node.span_bytes, element=1, chunks=chunks, shape=list(node.shape), blocks=blocks)
 
 
 def _ref(number: int, raw: int) -> ChunkRef:

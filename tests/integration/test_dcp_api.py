@@ -63,15 +63,16 @@ def test_checkpoint_id_names_run_and_step_or_the_step_alone(tmp_path: Path) -> N
     assert writer.checkpoint_id == "b@3"
     reader = CkptstoreReader(tmp_path, run="a")
     assert reader.checkpoint_id == "a@latest"
-    for wanted, step in ((None, 2), ("1", 1), ("b@3", 3)):
-        load(state := emptied(), checkpoint_id=wanted, storage_reader=reader)
+    wanted: list[tuple[str | None, int]] = [(None, 2), ("1", 1), ("b@3", 3)]
+    for wanted_id, step in wanted:
+        load(state := emptied(), checkpoint_id=wanted_id, storage_reader=reader)
         assert_same(state, STATE)
         assert reader.checkpoint.step == step
 
 
 @pytest.mark.parametrize(
     ("checkpoint_id", "good"),
-    [("a@1", True), ("17", True), ("@17", True), ("a", False), ("./a", False), ("a@b", False)],
+    [("a@1", True), ("17", True), ("@17", True), ("a", False), ("./a@1", False), ("a@b", False)],
 )
 def test_what_a_checkpoint_id_may_be(checkpoint_id: str, good: bool, tmp_path: Path) -> None:
     assert CkptstoreWriter.validate_checkpoint_id(checkpoint_id) is good

@@ -1,4 +1,4 @@
-"""Models and optimizers through torch.distributed.checkpoint: DDP, FSDP2 and one process, to Run and from it."""
+"""Models and optimizers through torch.distributed.checkpoint, between DDP, FSDP2, one process, and Run."""
 
 import json
 from pathlib import Path

@@ -16,6 +16,7 @@ import ckptstore
 from ckptstore.errors import CorruptError, UnsupportedFormatError
 from ckptstore.format import MARKER_KEY, MIN_MANIFEST_BYTES, ManifestKey, condemned_key, session_key
 from ckptstore.manifest import (
+    Block,
     ChunkRef,
     Condemned,
     Ended,
@@ -24,12 +25,14 @@ from ckptstore.manifest import (
     Segment,
     Session,
     Writer,
+    checkpoint_digest,
     content_digest,
     decode_condemned,
     decode_manifest,
     decode_marker,
     decode_session,
     encode,
+    format_naming,
 )
 from ckptstore.sealed import seal
 
@@ -538,6 +541,90 @@ def test_a_condemned_list_that_names_a_delta_says_that_it_is_of_version_2() -> N
     assert decode_condemned(encode(value), condemned_key(SAVE)) == value
     with pytest.raises(CorruptError, match="names a delta and says that its format is 1"):
         decode_condemned(encode(msgspec.structs.replace(value, format=1)), condemned_key(SAVE))
+
+
+# ---- blocks
+
+
+def blocks_manifest(**changes: Any) -> Manifest:
+    """One segment, an array of 4 x 6 items of 2 bytes in three blocks, the last of them in a bundle."""
+    version = changes.pop("format", 3)
+    given: dict[str, Any] = {
+        "bytes": 48,
+        "element": 2,
+        "chunks": [0, 1, 2, 3],
+        "shape": [4, 6],
+        "blocks": [
+            Block(at=[0, 0], shape=[2, 6], chunks=2),
+            Block(at=[2, 0], shape=[2, 4], chunks=1),
+            Block(at=[2, 4], shape=[2, 2], chunks=1, offset=6),
+        ],
+    }
+    segment = Segment(**(given | changes))
+    lengths = [8, 16, 16, 14]
+    refs = [
+        ChunkRef(digest=f"{number:064x}", save=SAVE, raw=raw, stored=raw + 56) for number, raw in enumerate(lengths)
+    ]
+    tree = {"w": {"$": "tensor", "dtype": "int16", "shape": [4, 6], "segment": 0}}
+    return manifest(format=version, chunks=refs, segments=[segment], tree=tree)
+
+
+BLOCKS = blocks_manifest().segments[0].blocks or []
+
+
+def test_a_manifest_with_blocks_comes_back_as_it_was_and_says_that_it_is_of_version_3() -> None:
+    value = blocks_manifest()
+    assert read(value) == value
+    assert b'{"format":3,' in encode(value)
+    assert format_naming((ref.key for ref in value.chunks), value.segments) == 3
+    placed = [(each.chunk, each.offset, each.start, each.stop) for each in value.placed(0)]
+    assert placed == [(0, 0, 0, 8), (1, 0, 8, 24), (2, 0, 0, 16), (3, 6, 0, 8)]
+    assert value.paths_of_chunk(3) == ["w"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 1},
+        {"format": 2},
+        {"blocks": None},
+        {"shape": None},
+        {"offset": 0},
+        {"shape": []},
+        {"shape": [4, 0]},
+        {"shape": [24]},
+        {"shape": [6, 4]},
+        {"bytes": 50},
+        {"bytes": 0, "chunks": [], "blocks": []},
+        {"blocks": []},
+        {"blocks": BLOCKS[:2]},
+        {"blocks": [*BLOCKS[:2], msgspec.structs.replace(BLOCKS[2], offset=8)]},
+        {"blocks": [*BLOCKS[:2], msgspec.structs.replace(BLOCKS[2], offset=5)]},
+        {"blocks": [*BLOCKS[:2], msgspec.structs.replace(BLOCKS[2], offset=None)]},
+        {"blocks": [*BLOCKS[:2], msgspec.structs.replace(BLOCKS[2], at=[2, 3])]},
+        {"blocks": [*BLOCKS[:2], msgspec.structs.replace(BLOCKS[2], at=[2])]},
+        {"blocks": [*BLOCKS[:2], msgspec.structs.replace(BLOCKS[2], chunks=2**62)]},
+        {"blocks": [msgspec.structs.replace(BLOCKS[0], chunks=1), *BLOCKS[1:]]},
+        {"blocks": [msgspec.structs.replace(BLOCKS[0], offset=0), *BLOCKS[1:]]},
+        {"chunks": [0, 1, 2]},
+        {"chunks": [0, 1, 2, 3, 3]},
+        {"chunks": [0, 1, 2, 4]},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_blocks_that_make_no_sense_are_corrupt(changes: dict[str, Any]) -> None:
+    with pytest.raises(CorruptError):
+        read(blocks_manifest(**changes))
+
+
+def test_the_digest_of_a_checkpoint_covers_how_it_is_put_together() -> None:
+    swapped = [
+        BLOCKS[0],
+        Block(at=[2, 2], shape=[2, 4], chunks=1),
+        Block(at=[2, 0], shape=[2, 2], chunks=1, offset=6),
+    ]
+    digests = {checkpoint_digest(value) for value in (blocks_manifest(), blocks_manifest(blocks=swapped))}
+    assert len(digests) == 2
 
 
 # ---- from threads

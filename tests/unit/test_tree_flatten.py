@@ -252,7 +252,8 @@ def test_a_distributed_tensor_is_sent_to_distributed_checkpoints() -> None:
         pass
 
     text = refusal(torch.ones(2).as_subclass(DTensor))
-    assert "use torch.distributed.checkpoint for now, or save .full_tensor()" in text
+    assert "saved through torch.distributed.checkpoint" in text
+    assert ".full_tensor()" in text
 
 
 def test_a_tensor_without_memory_is_refused_and_never_read() -> None:
