@@ -50,6 +50,26 @@ def give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + BACKGROUND_NICENESS)
 
 
+def beside(work: Callable[[], R]) -> R:
+    """What `work()` returns or raises, done on a thread of its own that gives way to others."""
+    outcome: list[R] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            give_way()
+            outcome.append(work())
+        except BaseException as error:  # handed over to the caller
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="ckptstore-beside", daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One step of a pipeline: `work` takes what the stage before returned, on `threads` threads."""

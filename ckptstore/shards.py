@@ -28,7 +28,7 @@ from ckptstore.skeleton import MAX_DEPTH, TAG, TensorNode, tensor_places
 from ckptstore.tree import TensorLeaf, encode_hashable, flatten
 
 MAX_CARRIED_BYTES = 64 * 2**20
-"""Of all small tensors whose bytes travel; those beyond are stored by whoever holds them."""
+"""Of all shards of small tensors whose bytes travel; those beyond are stored by whoever holds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Terms:
     newest: ManifestKey | None
     chunk_bytes: int
     small_bytes: int
-    carried: frozenset[str]
-    """The tensors whose bytes travel."""
+    carried_bytes: int
+    """How many bytes of small tensors this process may send along, rather than store them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ class Part:
         self._given: list[_Given] = []
         self._sources: list[segments.Source] = []
         self._carried: set[int] = set()
+        self._budget = terms.carried_bytes
 
     def add_shard(self, name: str, tensor: torch.Tensor, at: Sequence[int], whole: Sequence[int]) -> None:
         """A box of the tensor `name`, which is of the shape `whole`. Raises InvalidInputError if it cannot be saved."""
@@ -102,7 +103,9 @@ class Part:
         source.private = source.private or not _shares(leaf.value, tensor)
         if source.bytes and (flat := boxes.flat_range(whole, box)) is not None:
             source.begins = flat[0] * tensor.element_size()
-        if name in self._terms.carried:
+        is_small = math.prod(whole) * tensor.element_size() < self._terms.small_bytes
+        if is_small and source.bytes <= self._budget:
+            self._budget -= source.bytes
             self._carried.add(len(self._sources))
         self._given.append(_Given(node, len(self._sources), 1, box))
         self._sources.append(source)
@@ -218,38 +221,52 @@ class Whole:
             The segments of the manifest; raw bytes by digest, in the order of its table; the chunks that are held; and
             those that are to be uploaded, unless they are held.
         """
-        own = [each for each in self._segments if isinstance(each, segments.Source)]
+        own = [source for each in self._segments for source in _carried_in(each)]
         layout = segments.cut(own, chunk_bytes=chunk_bytes, small_bytes=small_bytes)
         made, distinct = layout.segments(layout.digests(threads=threads))
         names, rest = list(distinct), iter(made)
-        table: dict[str, int] = {}
-        lengths: dict[str, int] = {}
-        held: dict[str, Held] = {}
+        table, held = _Table(), dict[str, Held]()
 
-        def numbers(chunks: Sequence[Held]) -> list[int]:
-            for chunk in chunks:
-                lengths.setdefault(chunk.digest, chunk.raw)
-                held.setdefault(chunk.digest, chunk)
-            return [table.setdefault(chunk.digest, len(table)) for chunk in chunks]
+        def placed(stored: Stored | segments.Source) -> Segment:
+            if isinstance(stored, Stored) and stored.raw is None:
+                held.update((chunk.digest, chunk) for chunk in stored.chunks if chunk.digest not in held)
+                chunks = [table.number(chunk.digest, chunk.raw) for chunk in stored.chunks]
+                return Segment(bytes=stored.length, element=stored.element, chunks=chunks, offset=stored.offset)
+            segment = next(rest)
+            chunks = [table.number(name, distinct[name].raw_bytes) for name in (names[at] for at in segment.chunks)]
+            return msgspec.structs.replace(segment, chunks=chunks)
 
-        result: list[Segment] = []
-        for number, each in enumerate(self._segments):
-            if isinstance(each, segments.Source):
-                segment = next(rest)
-                digests = [names[index] for index in segment.chunks]
-                lengths.update((name, distinct[name].raw_bytes) for name in digests)
-                result.append(
-                    msgspec.structs.replace(segment, chunks=[table.setdefault(name, len(table)) for name in digests])
-                )
-            elif isinstance(each, Stored):
-                result.append(
-                    Segment(bytes=each.length, element=each.element, chunks=numbers(each.chunks), offset=each.offset)
-                )
-            else:
-                result.append(
-                    _put_together(each, self._shapes[number], numbers([c for s in each for c in s.stored.chunks]))
-                )
-        return result, {name: lengths[name] for name in table}, held, distinct
+        result = [
+            _put_together([(shard.box, placed(shard.stored)) for shard in each], self._shapes[number])
+            if isinstance(each, list)
+            else placed(each)
+            for number, each in enumerate(self._segments)
+        ]
+        return result, table.lengths, held, distinct
+
+
+class _Table:
+    """The chunks of a manifest, each once, in the order in which segments first name them."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
+
+    def number(self, digest: str, raw: int) -> int:
+        self.lengths.setdefault(digest, raw)
+        return self._numbers.setdefault(digest, len(self._numbers))
+
+
+def _carried_in(stored: Stored | list[Shard] | segments.Source) -> list[segments.Source]:
+    """What is still to be stored of a segment."""
+    if isinstance(stored, segments.Source):
+        return [stored]
+    every = [shard.stored for shard in stored] if isinstance(stored, list) else [stored]
+    return [
+        segments.Source(np.frombuffer(each.raw, np.uint8), each.element, private=True)
+        for each in every
+        if each.raw is not None
+    ]
 
 
 def _joined(shards: Sequence[Shard], shape: tuple[int, ...], node: TensorNode) -> segments.Source:
@@ -263,27 +280,23 @@ def _joined(shards: Sequence[Shard], shape: tuple[int, ...], node: TensorNode) -
     return segments.Source(memory.reshape(-1), shards[0].stored.element, private=True)
 
 
-def _put_together(shards: Sequence[Shard], shape: tuple[int, ...], chunks: list[int]) -> Segment:
-    """The segment of a tensor: as plain as it can be."""
-    total = sum(shard.stored.length for shard in shards)
-    element = min(shard.stored.element for shard in shards)
-    if len(shards) == 1:
-        return Segment(bytes=total, element=element, chunks=chunks, offset=shards[0].stored.offset)
+def _put_together(parts: Sequence[tuple[boxes.Box, Segment]], shape: tuple[int, ...]) -> Segment:
+    """The segment of a tensor whose parts are segments by themselves: as plain as it can be."""
+    if len(parts) == 1:
+        return parts[0][1]
+    total = sum(part.bytes for _, part in parts)
+    element = min(part.element for _, part in parts)
+    chunks = [index for _, part in parts for index in part.chunks]
     position, follows = 0, True
-    for shard in shards:
-        flat = boxes.flat_range(shape, shard.box)
-        follows = follows and flat is not None and flat[0] == position and shard.stored.offset is None
-        position += math.prod(shard.box[1])
+    for box, part in parts:
+        flat = boxes.flat_range(shape, box)
+        follows = follows and flat is not None and flat[0] == position and part.offset is None
+        position += math.prod(box[1])
     if follows:
         return Segment(bytes=total, element=element, chunks=chunks)
     blocks = [
-        Block(
-            at=list(shard.box[0]),
-            shape=list(shard.box[1]),
-            chunks=len(shard.stored.chunks),
-            offset=shard.stored.offset,
-        )
-        for shard in shards
+        Block(at=list(at), shape=list(sizes), chunks=len(part.chunks), offset=part.offset)
+        for (at, sizes), part in parts
     ]
     return Segment(bytes=total, element=element, chunks=chunks, shape=list(shape), blocks=blocks)
 

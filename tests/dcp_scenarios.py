@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import ckptstore
@@ -393,10 +394,12 @@ def load_the_newest_that_only_some_see(rank: int, store: str, steps: list[int]) 
     load({"odd": {"one": 0}}, storage_reader=made)
 
 
-def save_plans_cached(rank: int, store: str) -> None:
-    for step in (1, 2):
-        planner = DefaultSavePlanner(enable_plan_caching=True)
-        save({"weight": numbers(30, 40)}, storage_writer=writer(store, step), planner=planner)
+def save_plans_cached(rank: int, store: str, step: int, changed: bool) -> None:
+    """With a planner that sends no plan where it is that of the save before."""
+    state: State = {"rows": sharded(mesh_of(4))["rows"], "weight": numbers(30, 40) + step, "step": step}
+    if changed:
+        state["more"] = sharded(mesh_of(4))["columns"]
+    save(state, storage_writer=writer(store, step), planner=DefaultSavePlanner(enable_plan_caching=True))
 
 
 def load_plain(rank: int, store: str, step: int) -> None:
@@ -430,3 +433,32 @@ def load_the_newest(rank: int, store: str) -> int:
         warnings.simplefilter("ignore", ckptstore.CheckpointWarning)
         load({"sharded": {"rows": emptied(sharded(mesh_of(4)))["rows"]}}, storage_reader=made)
     return made.checkpoint.step
+
+
+def save_in_two_dimensions(rank: int, store: str, step: int) -> Any:
+    """FSDP2 over tensor parallelism: rows of rows, and rows of columns."""
+    mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(126, 258), torch.nn.Linear(258, 110))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for step_ in range(2):
+        optimizer.zero_grad()
+        model(numbers(8, 126, seed=step_)).square().mean().backward()
+        optimizer.step()
+    state = train_state(model, optimizer)
+    save(state, storage_writer=writer(store, step))
+    expected = full_state(state)
+    fresh = emptied(state)
+    load(fresh, storage_reader=reader(store, step))
+    assert_holds(full_state(fresh), only_tensors(expected))
+    return expected
+
+
+def only_tensors(state: State) -> State:
+    return {
+        key: only_tensors(value) if isinstance(value, dict) else value
+        for key, value in state.items()
+        if isinstance(value, dict | torch.Tensor)
+    }

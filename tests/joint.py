@@ -25,7 +25,7 @@ def save(
     parts: Sequence[Iterable[Given]],
     values: dict[str, Any],
     *,
-    carried: Iterable[str] = (),
+    carried_bytes: int = 0,
     replace: bool = False,
 ) -> Manifest:
     """Save what all parts make up, and values, which the first process has."""
@@ -46,7 +46,7 @@ def save(
                 newest=newest,
                 chunk_bytes=marker.chunk_bytes,
                 small_bytes=marker.small_bytes,
-                carried=frozenset(carried),
+                carried_bytes=carried_bytes,
             )
             part, paths = Part(terms), []
             for path, tensor, at, shape in given:

@@ -10,6 +10,7 @@ docs/decisions/0016-dcp.md says how.
 import io
 import os
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -37,13 +38,13 @@ from ckptstore import catalog, protocol, restoring, saving, tagging
 from ckptstore.assembly import Assembly
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.condemning import condemn_corrupt, marked_corrupt
-from ckptstore.errors import CheckpointWarning, CorruptError, InvalidInputError, retold
-from ckptstore.format import Codec, ManifestKey, check_run_name, check_step, check_tag, new_joint_save_id, part_id
+from ckptstore.errors import CheckpointError, CheckpointWarning, CorruptError, InvalidInputError, retold
+from ckptstore.format import Codec, check_run_name, check_step, check_tag, new_joint_save_id, part_id
 from ckptstore.integrations._dcp_keys import Keys
 from ckptstore.manifest import Manifest, Marker, content_digest
 from ckptstore.objects.base import Objects
 from ckptstore.performing import Performer
-from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Progress, worker_threads
+from ckptstore.pipeline import MAX_INFLIGHT_BYTES, Progress, beside, worker_threads
 from ckptstore.shards import MAX_CARRIED_BYTES, Part, Shard, Terms, Tree, Value, Whole
 from ckptstore.skeleton import TensorNode, tensors
 from ckptstore.store import Store
@@ -61,6 +62,32 @@ class _Told:
 
     save: str
     what: Shard | Value
+
+
+class _Arrived(threading.local):
+    terms: Terms | None = None
+
+
+_arrived = _Arrived()
+"""What the coordinator has told this rank of the save that this thread is about: planning and writing are one thread's.
+
+Not taken from the plan that `write_data` is given: planners that cache plans hand over that of an earlier save there.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """Terms on their way to a rank: noted when they arrive, whatever becomes of the plan that they come with."""
+
+    terms: Terms
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (self.terms,)
+
+
+def _arrive(terms: Terms) -> Terms:
+    _arrived.terms = terms
+    return terms
 
 
 @dataclass(slots=True)
@@ -229,6 +256,7 @@ class CkptstoreWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """All ranks: what DCP tells before it plans."""
         self._abandon()
+        _arrived.terms = None
         self._checkpoint = None
         is_alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
         if not kwargs.get("use_collectives", True) and not is_alone and torch.distributed.get_world_size() > 1:
@@ -251,11 +279,6 @@ class CkptstoreWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Coordinator: open the session, and tell every rank of it."""
-        if not all(plan.usable for plan in plans):
-            raise InvalidInputError(
-                "a planner with enable_plan_caching=True gives ranks the plan of an earlier save, and with it what "
-                "they were told of that one: make it without."
-            )
         objects = self._place.objects
         marker = saving.ensure_store(objects)
         request = protocol.JointRequest(
@@ -270,27 +293,34 @@ class CkptstoreWriter(StorageWriter):
         self._session = _Session(request, marker, performer)
         # Nobody tells a writer that its save has failed elsewhere. When it goes, the session is not to beat on.
         self._finalizer = weakref.finalize(self, performer.abandon)
-        carried = _carried(plans, marker.small_bytes)
-        return [
-            replace(plan, storage_data=_terms(plan, request, number, newest, marker, carried))
-            for number, plan in enumerate(plans)
+        terms = [
+            Terms(
+                save=request.save,
+                upload=part_id(request.save, number),
+                newest=newest,
+                chunk_bytes=marker.chunk_bytes,
+                small_bytes=marker.small_bytes,
+                carried_bytes=MAX_CARRIED_BYTES // len(plans),
+            )
+            for number in range(len(plans))
         ]
+        if len(plans) == 1:
+            _arrive(terms[0])  # nothing is sent
+        return [replace(plan, storage_data=_Sent(each)) for plan, each in zip(plans, terms, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """All ranks: hash, encode and upload."""
-        terms = plan.storage_data
-        if not isinstance(terms, Terms):
+        terms = _arrived.terms
+        if terms is None:
             raise InvalidInputError(
-                f"{type(planner).__name__} has put something of its own ({type(terms).__name__}) in the place of "
-                "SavePlan.storage_data, which belongs to the storage writer: let it use planner_data."
+                "nothing has arrived from the coordinator: dcp.save and dcp.async_save call this, in the thread that "
+                f"has planned; and {type(planner).__name__} must leave SavePlan.storage_data to the storage writer."
             )
         try:
             part = Part(terms)
             for item in plan.items:
                 _add(part, item, planner)
-            stored = part.store(
-                self._place.objects, codec=self._codec, threads=self._place.threads, progress=self._progress
-            )
+            stored = self._store(part)
         except BaseException:
             self._abandon()  # for the coordinator: this save can never commit
             raise
@@ -301,6 +331,14 @@ class CkptstoreWriter(StorageWriter):
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def _store(self, part: Part) -> list[Shard | Value]:
+        objects, codec, threads, progress = self._place.objects, self._codec, self._place.threads, self._progress
+        if threading.current_thread() is threading.main_thread():
+            return part.store(objects, codec=codec, threads=threads, progress=progress)
+        # Beside a training. The thread is DCP's, and its priority not ours to change.
+        objects.connect()
+        return beside(lambda: part.store(objects, codec=codec, threads=max(1, threads // 4), progress=progress))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Coordinator: commit what all ranks have stored."""
@@ -370,38 +408,6 @@ class CkptstoreWriter(StorageWriter):
             self._finalizer = None
         if session is not None:
             session.performer.abandon()
-
-
-def _carried(plans: Sequence[SavePlan], small_bytes: int) -> frozenset[str]:
-    """The tensors that are so small as a whole that their bytes travel."""
-    found: set[str] = set()
-    total = 0
-    for item in (item for plan in plans for item in plan.items):
-        if item.tensor_data is None or item.index.fqn in found:
-            continue
-        length = item.tensor_data.size.numel() * item.tensor_data.properties.dtype.itemsize
-        if length < small_bytes and total + length <= MAX_CARRIED_BYTES:
-            found.add(item.index.fqn)
-            total += length
-    return frozenset(found)
-
-
-def _terms(
-    plan: SavePlan,
-    request: protocol.JointRequest,
-    number: int,
-    newest: ManifestKey | None,
-    marker: Marker,
-    carried: frozenset[str],
-) -> Terms:
-    return Terms(
-        save=request.save,
-        upload=part_id(request.save, number),
-        newest=newest,
-        chunk_bytes=marker.chunk_bytes,
-        small_bytes=marker.small_bytes,
-        carried=carried & {item.index.fqn for item in plan.items},
-    )
 
 
 def _add(part: Part, item: WriteItem, planner: SavePlanner) -> None:
@@ -482,6 +488,7 @@ class CkptstoreReader(StorageReader):
         self._place = _Place(store, run, step, storage_options, "fast", threads)
         self._manifest: Manifest | None = None
         self._keys: Keys | None = None
+        self._failure: CheckpointError | None = None
 
     def __repr__(self) -> str:
         return f"CkptstoreReader({self._place.store.url!r}, {self._place.text})"
@@ -509,14 +516,22 @@ class CkptstoreReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """All ranks: find the checkpoint, and describe it to the planner."""
-        self._manifest = self._pick()
-        self._keys = Keys(self._manifest)
-        metadata = self._keys.metadata()
+        self._manifest = self._keys = self._failure = None
+        try:
+            self._manifest = self._pick()
+            self._keys = Keys(self._manifest)
+            metadata = self._keys.metadata()
+        except CheckpointError as error:
+            # DCP would log it, try again, and raise an AssertionError. It is raised in the step that comes next.
+            self._failure = error
+            return Metadata(state_dict_metadata={})
         metadata.storage_meta = StorageMeta(checkpoint_id=self.checkpoint_id, load_id=self._manifest.save)
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """All ranks: nothing more is needed."""
+        """All ranks: raise what kept the metadata from being read."""
+        if self._failure is not None:
+            raise self._failure
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """All ranks: say which checkpoint was found."""

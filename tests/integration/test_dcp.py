@@ -142,3 +142,23 @@ def test_a_save_in_the_background_holds_what_was_there_when_it_began(
     ranks.run(scenarios.save_in_the_background, str(tmp_path), 5, in_process, count)
     ranks.run(scenarios.load_from_the_background, str(tmp_path), 5)
     assert torch.equal(ckptstore.Store(tmp_path).run(RUN).load()["rows"], scenarios.tensors()["rows"])
+
+
+def test_planners_that_cache_plans_save_every_step_in_a_session_of_its_own(ranks: Ranks, tmp_path: Path) -> None:
+    """From the second save on ranks are given the plan of the first, and with it what they were told then."""
+    for step, changed in ((1, False), (2, False), (3, True), (4, True)):
+        ranks.run(scenarios.save_plans_cached, str(tmp_path), step, changed)
+    store = ckptstore.Store(tmp_path)
+    run = store.run(RUN)
+    for step, changed in ((1, False), (2, False), (3, True), (4, True)):
+        expected = {"rows": scenarios.tensors()["rows"], "weight": scenarios.numbers(30, 40) + step, "step": step}
+        scenarios.assert_holds(run.load(step), expected | ({"more": scenarios.tensors()["columns"]} if changed else {}))
+        manifest = run.checkpoint(step)._manifest
+        assert any(chunk.save[8:] == manifest.save[8:] for chunk in manifest.chunks)
+    assert store.verify().ok
+
+
+def test_fsdp_over_tensor_parallelism(ranks: Ranks, tmp_path: Path) -> None:
+    expected = ranks.run(scenarios.save_in_two_dimensions, str(tmp_path), 1)[0]
+    state = ckptstore.Store(tmp_path).run(RUN).load()
+    scenarios.assert_holds(scenarios.only_tensors(state), scenarios.only_tensors(expected))

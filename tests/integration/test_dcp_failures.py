@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import ckptstore
-from ckptstore.errors import CheckpointError, CorruptError, FencedError, InvalidInputError, UnavailableError
+from ckptstore.errors import CorruptError, FencedError, InvalidInputError, UnavailableError
 from tests import dcp_scenarios as scenarios
 from tests.ranks import Failed, Ranks
 
@@ -149,8 +149,7 @@ def test_ranks_that_have_found_different_newest_checkpoints_say_so(ranks: Ranks,
         assert "the ranks have found different newest checkpoints (lstm@1, lstm@2)" in str(told[0])
 
 
-def test_a_planner_that_caches_plans_is_refused_and_told_why(ranks: Ranks, tmp_path: Path) -> None:
-    for told in failures(ranks.outcomes(scenarios.save_plans_cached, str(tmp_path))):
-        assert isinstance(told[0], CheckpointError)
-        assert "enable_plan_caching=True" in str(told[0])
-    assert ckptstore.Store(tmp_path).run(RUN).steps() == [1]
+def test_a_checkpoint_that_is_not_there_is_an_error_of_ckptstore_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    for told in failures(ranks.outcomes(scenarios.load_the_newest, str(tmp_path))):
+        assert set(told) == {0, 1, 2, 3}
+        assert all(isinstance(error, ckptstore.NotFoundError) for error in told.values())

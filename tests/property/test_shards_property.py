@@ -35,11 +35,11 @@ def store_with(chunk_bytes: int, small_bytes: int) -> ckptstore.Store:
     st.sampled_from(DTYPES),
     st.sampled_from([7, 16, 48, 1000]),
     st.sampled_from([0, 20, 200]),
-    st.booleans(),
+    st.sampled_from([0, 50, 10_000]),
     st.data(),
 )
 def test_what_parts_have_saved_is_what_they_were_parts_of(
-    cuts: list[Tiling], dtype: torch.dtype, chunk_bytes: int, small_bytes: int, carried: bool, data: st.DataObject
+    cuts: list[Tiling], dtype: torch.dtype, chunk_bytes: int, small_bytes: int, carried_bytes: int, data: st.DataObject
 ) -> None:
     wholes = [torch.arange(math.prod(shape)).reshape(shape).to(dtype) for shape, _ in cuts]
     parts: list[list[Any]] = [[], [], []]
@@ -49,7 +49,7 @@ def test_what_parts_have_saved_is_what_they_were_parts_of(
             parts[data.draw(st.integers(0, 2))].append(((f"t{number}",), shard, at, shape))
     store = store_with(chunk_bytes, small_bytes)
     names = [f"t{number}" for number in range(len(cuts))]
-    saved = joint.save(store._objects, "run", 1, parts, {"note": 1}, carried=names if carried else ())
+    saved = joint.save(store._objects, "run", 1, parts, {"note": 1}, carried_bytes=carried_bytes)
     assert saved.format == (3 if any(segment.blocks for segment in saved.segments) else 1)
     found = store.run("run").load()
     for name, whole in zip(names, wholes, strict=True):

@@ -199,8 +199,20 @@ def test_small_tensors_travel_and_are_bundled_as_one_process_would(place: Object
         [(("a",), whole["a"][:60], (0,), (100,)), (("b",), whole["b"][:, :1], (0, 0), (3, 4))],
         [(("a",), whole["a"][60:], (60,), (100,)), (("b",), whole["b"][:, 1:], (0, 1), (3, 4))],
     ]
-    saved = joint.save(place, "run", 1, parts, {}, carried=["a", "b"])
+    saved = joint.save(place, "run", 1, parts, {}, carried_bytes=1000)
     assert saved.format == 1
     assert len(saved.chunks) == 1
     assert ckptstore.Store(place).run("run").save(whole, step=2).new_bytes == 0
     assert joint.save(place, "run", 3, parts, {}).format == 3  # where each part bundles its own
+
+
+def test_what_is_small_and_does_not_all_travel_comes_together_even_so(place: Objects) -> None:
+    whole = torch.arange(1000.0)
+    parts: list[list[joint.Given]] = [
+        [(("a",), whole[:100], (0,), (1000,))],
+        [(("a",), whole[100:], (100,), (1000,))],
+    ]
+    saved = joint.save(place, "run", 1, parts, {}, carried_bytes=400)
+    [segment] = saved.segments
+    assert {saved.chunks[index].save for index in segment.chunks} == {saved.save, part_id(saved.save, 1)}
+    assert torch.equal(ckptstore.Store(place).run("run").load()["a"], whole)
