@@ -48,7 +48,7 @@ def ask(folder: Path, rounds: int) -> Report:
     return Report(QUESTION, rows, target(f"speed / that of {BASE} is", rows[0].figures["speed"], at_least=TARGET))
 
 
-def our_restore(store: str, kernels: str, part: bool = False) -> Took:
+def our_restore(store: str, kernels: str, part: bool = False, step: int | None = None) -> Took:
     import ckptstore.restoring
 
     use_kernels(kernels)
@@ -56,7 +56,7 @@ def our_restore(store: str, kernels: str, part: bool = False) -> Took:
     run = ckptstore.Store(store).run("lstm")
     destination = {"model": training.model} if part else {"model": training.model, "optimizer": training.optimizer}
     with Stopwatch() as watch:
-        checkpoint = run.restore(destination)
+        checkpoint = run.restore(destination, step=step)
     assert checkpoint is not None and len(training.optimizer.state) == (0 if part else 7)
     return watch.took
 

@@ -5,6 +5,7 @@ restic and borg give back the file that torch.load would then have to load.
 """
 
 import statistics
+import time
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
             {codec: partial(_restored, work / codec) for codec in CODECS}
             | {name: partial(_given_back, peer, training.step, work / "back") for name, peer in peers.items()},
         )
+        compacted = _compacted(runs["small"], work, rounds)
     rows = []
     for name, seconds in saves.items():
         share = stored[name] / (CHECKPOINTS * payload_bytes)
@@ -56,6 +58,7 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
             figures["restore"] = statistics.median(took for took, _ in restores[name])
             text += f"  restore of the newest {figures['restore']:.3f} s"
         rows.append(Row(name, text, figures))
+    rows += compacted
     return Report(
         f"series: {CHECKPOINTS} checkpoints of LSTM and Adam, {steps_apart} steps apart, local disk",
         rows,
@@ -65,13 +68,55 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
     )
 
 
+def _compacted(run: ckptstore.Run, work: Path, rounds: int) -> list[Row]:
+    """The checkpoints but the newest three stored as chains of differences: what it takes, and to restore from them.
+
+    All are compared with torch.load of the newest, in fresh processes, in turn.
+    """
+    steps = run.steps()
+    restores = in_turn(
+        rounds,
+        {
+            BASE: lambda _: fresh("benchmarks.restore:torch_restore", file=str(work / "state.pt")),
+            "newest": partial(_restored, work / "small"),
+            "another as saved": partial(_restored, work / "small", step=steps[1]),
+        },
+    )
+    began = time.perf_counter()
+    report = run.compact(keep_fast=3)
+    seconds = time.perf_counter() - began
+    store = ckptstore.Store(work / "small")
+    store.collect()
+    assert store.verify(quick=True).ok
+    after = in_turn(
+        rounds,
+        {
+            BASE: lambda _: fresh("benchmarks.restore:torch_restore", file=str(work / "state.pt")),
+            "compacted, the oldest": partial(_restored, work / "small", step=steps[0]),
+            "compacted, the fourth newest": partial(_restored, work / "small", step=steps[-4]),
+        },
+    )
+    raw = sum(checkpoint.raw_bytes for checkpoint in run.checkpoints())
+    share = store.usage().stored_bytes / raw
+    figures = {"stored": share, "bytes_before": report.bytes_before / raw, "seconds": seconds}
+    rows = [Row("small, compacted", f"{share:.3f} of raw  compact {seconds:.1f} s", figures)]
+    for measured in (restores, after):
+        for name, took in measured.items():
+            if name != BASE:
+                speeds = [base[0] / ours[0] for base, ours in zip(measured[BASE], took, strict=True)]
+                speed = statistics.median(speeds)
+                text = f"{speed:.2f} times the speed of torch.load ({min(speeds):.2f}-{max(speeds):.2f})"
+                rows.append(Row(f"  restore, {name}", text, {"speed": speed}))
+    return rows
+
+
 def ask_close(folder: Path, rounds: int) -> Report:
     """The same, 10 steps apart."""
     return ask(folder, rounds, steps_apart=10)
 
 
-def _restored(store: Path, _: int) -> Took:
-    took: Took = fresh("benchmarks.restore:our_restore", store=str(store), kernels="numpy")
+def _restored(store: Path, _: int, step: int | None = None) -> Took:
+    took: Took = fresh("benchmarks.restore:our_restore", store=str(store), kernels="numpy", step=step)
     return took
 
 
