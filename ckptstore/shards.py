@@ -134,9 +134,8 @@ class Part:
             chunks={name: chunk.raw_bytes for name, chunk in distinct.items()},
             newest=self._terms.newest,
         )
-        held = (
-            Performer(objects, distinct, codec, threads, progress).perform(protocol.hold(request)) if distinct else {}
-        )
+        steps = protocol.hold_part(request, self._terms.save)
+        held = Performer(objects, distinct, codec, threads, progress).perform(steps) if distinct else {}
         names = list(distinct)
         stored_own = iter(
             Stored(

@@ -130,12 +130,18 @@ def group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     return None if mesh.ndim > 1 else mesh.get_group()
 
 
-def writer(store: str, step: int, **options: Any) -> CkptstoreWriter:
-    return CkptstoreWriter(store, run=RUN, step=step, **options)
+Place = str | tuple[str, dict[str, Any]]
+"""A store's URL, with storage options where it needs some."""
 
 
-def reader(store: str, step: int | None = None) -> CkptstoreReader:
-    return CkptstoreReader(store, run=RUN, step=step)
+def writer(store: Place, step: int) -> CkptstoreWriter:
+    url, options = store if isinstance(store, tuple) else (store, None)
+    return CkptstoreWriter(url, run=RUN, step=step, storage_options=options)
+
+
+def reader(store: Place, step: int | None = None) -> CkptstoreReader:
+    url, options = store if isinstance(store, tuple) else (store, None)
+    return CkptstoreReader(url, run=RUN, step=step, storage_options=options)
 
 
 def small_chunks(root: Path) -> str:
@@ -149,7 +155,7 @@ def small_chunks(root: Path) -> str:
 # ---- scenarios
 
 
-def save_all(rank: int, store: str, step: int, *shape: int) -> tuple[int, int] | None:
+def save_all(rank: int, store: Place, step: int, *shape: int) -> tuple[int, int] | None:
     """Save every kind of thing from a mesh of ranks; the committing rank returns raw and new bytes."""
     mesh = mesh_of(*shape)
     if rank >= mesh.size():
@@ -161,7 +167,7 @@ def save_all(rank: int, store: str, step: int, *shape: int) -> tuple[int, int] |
     return None if done is None else (done.raw_bytes, done.new_bytes)
 
 
-def load_all(rank: int, store: str, step: int, *shape: int) -> None:
+def load_all(rank: int, store: Place, step: int, *shape: int) -> None:
     """Load it into a mesh of ranks, whatever it was saved from."""
     mesh = mesh_of(*shape)
     if rank >= mesh.size():
@@ -462,3 +468,8 @@ def only_tensors(state: State) -> State:
         for key, value in state.items()
         if isinstance(value, dict | torch.Tensor)
     }
+
+
+def save_to_places_of_their_own(rank: int, store: str, step: int) -> None:
+    """As if a path lay on a disk of each rank's own machine."""
+    save({"rows": sharded(mesh_of(4))["rows"]}, storage_writer=writer(f"{store}/{rank}", step))

@@ -15,7 +15,7 @@ from ckptstore.protocol.candidates import (
 from ckptstore.protocol.collects import Collected, CollectRequest, collect
 from ckptstore.protocol.compactions import CompactRequest, compact
 from ckptstore.protocol.deletes import bury_all, delete
-from ckptstore.protocol.joint import begin, conclude
+from ckptstore.protocol.joint import begin, conclude, hold_part
 from ckptstore.protocol.operations import (
     Check,
     Clock,
@@ -68,6 +68,7 @@ __all__ = [
     "current",
     "delete",
     "hold",
+    "hold_part",
     "may_be_committed",
     "read_candidate",
     "read_condemned",

@@ -1,19 +1,20 @@
 """A save of many processes: one session, chunks from all of them, one manifest. The steps are those of saves.py.
 
 One process, the coordinator, opens the session (`begin`) and tells the others. Each of them, and the coordinator, holds
-its own part of the chunks (`hold`, steps 2 to 4), under an id of its own. When all are done, the coordinator commits
-(`conclude`). docs/explanation/protocol.md says why a part is as safe as a save by itself.
+its own part of the chunks (`hold_part`, steps 2 to 4), under an id of its own. When all are done, the coordinator
+commits (`conclude`). docs/explanation/protocol.md says why a part is as safe as a save by itself.
 """
 
 from collections.abc import Generator
 from typing import Any
 
 from ckptstore.deltas import Held
-from ckptstore.format import ManifestKey, run_prefix
+from ckptstore.errors import UnavailableError
+from ckptstore.format import ManifestKey, run_prefix, session_key
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import ObjectInfo
 from ckptstore.protocol.candidates import may_be_committed
-from ckptstore.protocol.operations import List, Open, Operation
+from ckptstore.protocol.operations import Get, List, Open, Operation
 from ckptstore.protocol.saves import (
     JointRequest,
     PartRequest,
@@ -43,12 +44,29 @@ def begin(request: JointRequest) -> Generator[Operation, Any, ManifestKey | None
     return max(keyed, key=lambda pair: (pair[0].step, pair[1]))[0] if keyed else None
 
 
+def hold_part(part: PartRequest, save: str) -> Generator[Operation, Any, dict[str, Held]]:
+    """What each process does for its own chunks: steps 2 to 4, once it has seen the session of `save` itself.
+
+    Raises:
+        UnavailableError: it does not see it, so this is another store, or the save has ended.
+        What `save` raises.
+    """
+    [session] = yield Get((session_key(save),))
+    if session is None:
+        raise UnavailableError(
+            f"{session_key(save)}, the session of this save, is not there for this process: it does not see the store "
+            "that the coordinator sees (a path on a disk that is not shared?), or a collection has taken the save for "
+            "dead. Nothing was committed. Use a store that all processes can reach, and save again."
+        )
+    return (yield from hold(part))
+
+
 def conclude(request: SaveRequest, held: dict[str, Held]) -> Generator[Operation, Any, Manifest]:
     """Commit what the processes hold, with the rest of the chunks, which the coordinator has; close the session.
 
     Args:
         request: the whole checkpoint.
-        held: by digest, what `hold` returned to each process, after the session was opened.
+        held: by digest, what `hold_part` returned to each process, after the session was opened.
 
     Raises:
         What `save` raises.

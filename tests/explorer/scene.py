@@ -176,8 +176,12 @@ def rank(without: str | None = None) -> Callable[[], Steps]:
                 newest = ManifestKey.parse(told.decode())
                 break
         part = protocol.PartRequest(part_id(J, 1), {DIGEST: len(CHUNK)}, newest)
-        change = _SAVER_MUTANTS.get(without or "")
-        held = yield from (change(protocol.hold(part)) if change else protocol.hold(part))
+        if without == "told after the session was opened":
+            held = yield from protocol.hold(part)
+        elif without in _SAVER_MUTANTS:
+            held = yield from _SAVER_MUTANTS[without](protocol.hold_part(part, J))
+        else:
+            held = yield from protocol.hold_part(part, J)
         yield Put(DONE, msgspec.json.encode(held))
 
     return steps

@@ -9,6 +9,7 @@ import torch
 import ckptstore
 from tests import dcp_scenarios as scenarios
 from tests.ranks import Ranks
+from tests.servers import S3Server
 
 RUN = scenarios.RUN
 
@@ -156,6 +157,15 @@ def test_planners_that_cache_plans_save_every_step_in_a_session_of_its_own(ranks
         manifest = run.checkpoint(step)._manifest
         assert any(chunk.save[8:] == manifest.save[8:] for chunk in manifest.chunks)
     assert store.verify().ok
+
+
+def test_ranks_save_to_a_bucket_and_load_from_it(ranks: Ranks, seaweed_s3: S3Server) -> None:
+    place = (f"s3://{seaweed_s3.new_bucket()}/ckpts", seaweed_s3.storage_options)
+    ranks.run(scenarios.save_all, place, 1, 4)
+    ranks.run(scenarios.load_all, place, 1, 2, 2)
+    store = ckptstore.Store(*place)
+    assert store.verify().ok
+    assert ranks.run(scenarios.save_all, place, 2, 4)[0][1] == 0
 
 
 def test_fsdp_over_tensor_parallelism(ranks: Ranks, tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 import ckptstore
-from ckptstore.errors import ConflictError, InvalidInputError, NotFoundError
+from ckptstore import tagging
+from ckptstore.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
 from ckptstore.integrations.dcp import CkptstoreReader, CkptstoreWriter
+from ckptstore.tree import TORCH_DTYPES
 from tests.strategies import assert_same
 
 # DCP warns in a process without a group, which is what is wanted here.
@@ -308,3 +310,26 @@ def test_progress_is_told_of_what_is_uploaded(tmp_path: Path) -> None:
     writer = CkptstoreWriter(tmp_path, run="a", step=1, progress=lambda done, total: told.append((done, total)))
     save(STATE, storage_writer=writer)
     assert told[-1] == (240_000, 240_000)
+
+
+def test_tensors_of_every_dtype_are_saved_and_loaded(tmp_path: Path) -> None:
+    state = {name: torch.arange(48).to(torch.uint8).view(dtype).reshape(-1, 1) for name, dtype in TORCH_DTYPES.items()}
+    state |= {f"wide {name}": torch.arange(96_000).to(torch.uint8).view(each) for name, each in TORCH_DTYPES.items()}
+    save(state, storage_writer=CkptstoreWriter(tmp_path, run="a", step=1))
+    found = {name: torch.empty_like(each) for name, each in state.items()}
+    load(found, storage_reader=CkptstoreReader(tmp_path, run="a"))
+    for name, each in state.items():
+        assert torch.equal(found[name].view(torch.uint8), each.view(torch.uint8)), name
+
+
+def test_a_checkpoint_that_stands_and_could_not_be_tagged_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UnavailableError("no tags today")
+
+    monkeypatch.setattr(tagging, "add", refuse)
+    with pytest.raises(CheckpointException) as raised:
+        save(STATE, storage_writer=CkptstoreWriter(tmp_path, run="a", step=1, tags="best"))
+    assert "step 1 of run 'a' is saved, and has no tag 'best' yet: no tags today" in str(error_of(raised))
+    assert ckptstore.Store(tmp_path).run("a").steps() == [1]

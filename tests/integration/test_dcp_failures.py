@@ -153,3 +153,10 @@ def test_a_checkpoint_that_is_not_there_is_an_error_of_ckptstore_on_all_ranks(ra
     for told in failures(ranks.outcomes(scenarios.load_the_newest, str(tmp_path))):
         assert set(told) == {0, 1, 2, 3}
         assert all(isinstance(error, ckptstore.NotFoundError) for error in told.values())
+
+
+def test_ranks_that_do_not_see_one_store_say_so_and_nothing_is_saved(ranks: Ranks, tmp_path: Path) -> None:
+    for told in failures(ranks.outcomes(scenarios.save_to_places_of_their_own, str(tmp_path), 1)):
+        assert set(told) == {1, 2, 3}
+        assert all("does not see the store that the coordinator sees" in str(error) for error in told.values())
+    assert ckptstore.Store(tmp_path / "0").run(RUN).steps() == []

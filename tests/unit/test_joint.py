@@ -124,6 +124,14 @@ def test_two_parts_that_hold_equal_bytes_never_put_one_key(place: Objects) -> No
     assert store.collect().deleted == 1
 
 
+def test_a_process_that_sees_another_store_than_the_coordinator_says_so_and_puts_nothing(place: Objects) -> None:
+    elsewhere = RecordingObjects(open_objects(f"memory://{uuid.uuid4().hex}"))
+    part = protocol.PartRequest(part_id("0" * 32, 1), {"ab" * 32: 10})
+    with pytest.raises(UnavailableError, match="does not see the store that the coordinator sees"):
+        Performer(elsewhere).perform(protocol.hold_part(part, "0" * 32))
+    assert [call.operation for call in elsewhere.calls] == ["get"]
+
+
 def test_what_is_condemned_is_uploaded_again_by_the_part_that_holds_it(place: Objects) -> None:
     saved = joint.save(place, "run", 1, PARTS, {})
     condemn_keys(place, [saved.chunks[1].key])
