@@ -6,6 +6,7 @@ importing it gives back what was exported. docs/reference/cli.md says what each 
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ckptstore.assembly import Assembly
 from ckptstore.condemning import condemn_corrupt
@@ -16,10 +17,11 @@ from ckptstore.pipeline import Progress
 from ckptstore.portable import safetensors_files, torch_files
 from ckptstore.portable.content import Portable
 from ckptstore.portable.files import check_destination, explained, write_whole
+from ckptstore.portable.folders import read_folder, write_folder
 from ckptstore.skeleton import tensors
 from ckptstore.tree import flatten, unflatten
 
-__all__ = ["SUFFIXES", "Portable", "export_file", "read_file"]
+__all__ = ["SUFFIXES", "Portable", "export_file", "read_file", "read_folder", "read_plain", "write_folder"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -74,6 +76,20 @@ def read_file(path: str | os.PathLike[str]) -> Portable:
         return safetensors_files.read(file)
     tree, leaves = flatten(torch_files.read(file))
     return Portable(tree, leaves)
+
+
+def read_plain(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote to a file, whatever its name ends in. No code that the file brings along runs.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InvalidInputError: it is no such file, or holds what only code could make.
+        UnavailableError: it cannot be read.
+    """
+    file = Path(path)
+    with explained("read", file), file.open("rb"):
+        pass
+    return torch_files.read(file)
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
