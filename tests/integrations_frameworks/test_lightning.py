@@ -20,7 +20,7 @@ from ckptstore.integrations.lightning import CkptstoreIO
 from ckptstore.objects.base import Bytes, Objects
 from ckptstore.objects.memory import MemoryObjects
 from ckptstore.testing import RecordingObjects
-from tests.integrations_frameworks.training import kill_example, run_example
+from tests.integrations_frameworks.training import chunks, damage_newest, kill_example, run_example
 from tests.strategies import assert_same
 
 pytestmark = [
@@ -117,15 +117,10 @@ def test_latest_is_none_at_a_first_start(io: CkptstoreIO) -> None:
 def damaged(store: ckptstore.Store, io: CkptstoreIO) -> CkptstoreIO:
     """A run of steps 3, 6 and 9, in which a chunk of step 9 alone is damaged."""
     fit(io, epochs=2)
-    before = chunks(store)
+    before = chunks(Path(store.url))
     fit(io, ckpt_path=io.latest())
-    for path in chunks(store) - before:
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    damage_newest(Path(store.url), before)
     return CkptstoreIO(store, RUN)
-
-
-def chunks(store: ckptstore.Store) -> set[Path]:
-    return {path for path in (Path(store.url) / "chunks").rglob("*") if path.is_file()}
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(damaged: CkptstoreIO) -> None:

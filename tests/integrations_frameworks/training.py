@@ -12,9 +12,13 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 120
 
 
-def run_example(name: str, *arguments: object, cwd: Path) -> str:
+def run_example(name: str, *arguments: object, cwd: Path, processes: int = 1) -> str:
     """Run it to its end; returns what it printed."""
-    result = subprocess.run(_command(name, arguments), cwd=cwd, env=_environment(), capture_output=True, text=True)
+    command = _command(name, arguments)
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command[1:1] = launcher
+    result = subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -37,3 +41,13 @@ def _command(name: str, arguments: tuple[object, ...]) -> list[str]:
 
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def damage_newest(folder: Path, before: set[Path]) -> None:
+    """Damage the chunks of the store in `folder` that were not there `before`."""
+    for path in chunks(folder) - before:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def chunks(folder: Path) -> set[Path]:
+    return {path for path in (folder / "chunks").rglob("*") if path.is_file()}
