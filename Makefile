@@ -1,5 +1,6 @@
 # Everything that a developer runs. A fresh machine needs Python 3.11 or newer and make, nothing else:
-# what a target needs is installed into .venv (the demo's, smaller, into .venv-demo) the first time.
+# what a target needs is installed into .venv (the demo's, smaller, into .venv-demo; other libraries that the integrations
+# are for, into .venv-integrations) the first time.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -15,16 +16,17 @@ TORCH_INDEX ?=
 
 VENV := .venv
 DEMO_VENV := .venv-demo
+INTEGRATIONS_VENV := .venv-integrations
 BIN := $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt \
               $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench explore torture fuzz coverage clean
+.PHONY: help venv demo test test-integrations check format bench explore torture fuzz coverage clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
-		printf '%-16s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
+		printf '%-24s %s\n' "$$target" "$$text"; done
 
 venv: $(VENV)/.installed  ## make .venv with the package and all that development needs
 
@@ -50,6 +52,18 @@ demo: $(DEMO_STAMP)  ## train, kill in the middle of a save, resume, prove that 
 
 test: venv  ## run the tests (PYTEST_ARGS='-k restore', JOBS=4)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+$(INTEGRATIONS_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing ckptstore and the libraries that it integrates with into $(INTEGRATIONS_VENV)."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -x $(INTEGRATIONS_VENV)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS_VENV)
+	@$(INTEGRATIONS_VENV)/bin/python $(PIP_INSTALL) -e '.[test-integrations]'
+	@touch $@
+
+# Whatever else tests/docs has, its pages on these libraries run here alone.
+test-integrations: $(INTEGRATIONS_VENV)/.installed  ## run the tests with Lightning, Transformers and Accelerate
+	@$(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/integrations_frameworks \
+		tests/docs/test_documents.py -k 'integrations_frameworks or lightning or transformers or accelerate' $(PYTEST_ARGS)
 
 check: venv  ## formatting, lint, types, imports between modules, code in the documents
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
@@ -81,6 +95,6 @@ coverage: venv  ## run the tests and show which lines none of them reaches
 	@$(BIN)/coverage report --skip-covered --show-missing
 
 clean:  ## remove what was built, installed and cached here
-	@rm -rf $(VENV) $(DEMO_VENV) demo-ckpts fuzz-escapes build dist htmlcov .coverage .coverage.* \
+	@rm -rf $(VENV) $(DEMO_VENV) $(INTEGRATIONS_VENV) demo-ckpts fuzz-escapes build dist htmlcov .coverage .coverage.* \
 		.hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

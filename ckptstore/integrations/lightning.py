@@ -332,8 +332,8 @@ class CkptstoreIO(CheckpointIO):
         for place in self._files.forget(name):
             self._delete(place)
         filesystem = get_filesystem(name)
-        if filesystem.exists(name):
-            filesystem.rm(name, recursive=True)
+        if filesystem.isfile(name):
+            filesystem.rm_file(name)  # never a folder: names come out of checkpoints, too
 
     def _delete(self, place: "_Place") -> None:
         with contextlib.suppress(NotFoundError):  # pruned meanwhile
@@ -521,7 +521,12 @@ def _placeholder_at(name: str) -> dict[str, Any] | None:
         about = json.loads(filesystem.cat_file(name))
     except ValueError:
         return None
-    return about if isinstance(about, dict) and PLACEHOLDER in about else None
+    if not isinstance(about, dict) or PLACEHOLDER not in about:
+        return None
+    kinds = {"store": str, "run": str, "step": int}
+    if any(type(about.get(part)) is not kind for part, kind in kinds.items()):
+        raise InvalidInputError(f"{name} is the placeholder of a checkpoint, but what it says makes no sense.")
+    return about
 
 
 def _is_plain_file(name: str) -> bool:
