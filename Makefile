@@ -58,10 +58,12 @@ $(INTEGRATIONS_VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@test -x $(INTEGRATIONS_VENV)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS_VENV)
 	@$(INTEGRATIONS_VENV)/bin/python $(PIP_INSTALL) -e '.[test-integrations]'
+	@if command -v npm > /dev/null; then npm install --silent --no-fund --no-audit --prefix $(INTEGRATIONS_VENV)/azurite azurite@3; \
+	else echo "There is no npm to install Azurite with: the tests on Azure will be skipped."; fi
 	@touch $@
 
 # Whatever else tests/docs has, its pages on these libraries run here alone.
-test-integrations: $(INTEGRATIONS_VENV)/.installed  ## run the tests with Lightning, Transformers and Accelerate
+test-integrations: $(INTEGRATIONS_VENV)/.installed  ## run the tests with Lightning, Transformers, Accelerate and Azurite
 	@$(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/integrations_frameworks \
 		tests/docs/test_documents.py -k 'integrations_frameworks or lightning or transformers or accelerate' $(PYTEST_ARGS)
 

@@ -2,6 +2,6 @@
 
 import importlib.util
 
-collect_ignore = [
-    f"test_{name}.py" for name in ("accelerate", "lightning", "transformers") if importlib.util.find_spec(name) is None
-]
+NEEDS = {"accelerate": "accelerate", "azure": "adlfs", "lightning": "lightning", "transformers": "transformers"}
+
+collect_ignore = [f"test_{name}.py" for name, package in NEEDS.items() if importlib.util.find_spec(package) is None]
