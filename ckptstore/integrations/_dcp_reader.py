@@ -122,14 +122,16 @@ class CkptstoreReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """All ranks: fetch, verify, and fill."""
-        self._opened()
+        _, keys = self._opened()
         values = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         batch, held = _Batch(values), 0
         for item in (item for item in plan.items if item.type != LoadItemType.BYTE_IO):
             target = planner.resolve_tensor(item).detach()
             batch.tensors.append((item, target))
-            held += 0 if target.device.type == "cpu" else target.numel() * target.element_size()
-            if held >= MAX_INFLIGHT_BYTES:  # what is on its way to another device
+            node = keys.tensor(item.storage_index.fqn)
+            if node is not None and not _is_direct(target, node):
+                held += target.numel() * node.item_bytes  # on its way to another device, or dtype
+            if held >= MAX_INFLIGHT_BYTES:
                 self._read(batch, planner)
                 batch, held = _Batch([]), 0
         self._read(batch, planner)

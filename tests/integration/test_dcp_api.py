@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys, load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 import ckptstore
 from ckptstore import tagging
 from ckptstore.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
+from ckptstore.integrations import _dcp_reader
 from ckptstore.integrations.dcp import CkptstoreReader, CkptstoreWriter
 from ckptstore.tree import TORCH_DTYPES
 from tests.strategies import assert_same
@@ -333,3 +334,35 @@ def test_a_checkpoint_that_stands_and_could_not_be_tagged_is_told_so(
         save(STATE, storage_writer=CkptstoreWriter(tmp_path, run="a", step=1, tags="best"))
     assert "step 1 of run 'a' is saved, and has no tag 'best' yet: no tags today" in str(error_of(raised))
     assert ckptstore.Store(tmp_path).run("a").steps() == [1]
+
+
+def test_what_is_converted_on_its_way_is_read_in_batches_and_none_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dcp_reader, "MAX_INFLIGHT_BYTES", 50_000)
+    state = {f"t{number}": torch.full((5000,), float(number)) for number in range(10)} | {"note": "x"}
+    save(state, storage_writer=CkptstoreWriter(tmp_path, run="a", step=1))
+    found: dict[str, Any] = {name: torch.zeros(5000, dtype=torch.float64) for name in state if name != "note"}
+    load(found := found | {"note": ""}, storage_reader=CkptstoreReader(tmp_path, run="a"))
+    assert found.pop("note") == "x"
+    for number, each in enumerate(found.values()):
+        assert torch.equal(each, torch.full((5000,), float(number), dtype=torch.float64))
+
+
+def test_a_checkpoint_that_is_compacted_and_collected_while_it_is_loaded_is_read_in_its_new_form(
+    tmp_path: Path,
+) -> None:
+    store = ckptstore.Store(tmp_path)
+    weights = [torch.arange(100_000).float() + step for step in range(3)]
+    for step, weight in enumerate(weights):
+        save({"weight": weight}, storage_writer=CkptstoreWriter(tmp_path, run="a", step=step))
+
+    class Compacting(DefaultLoadPlanner):
+        def create_local_plan(self) -> LoadPlan:
+            assert store.run("a").compact(keep_fast=1).compacted
+            assert store.collect().deleted
+            return super().create_local_plan()
+
+    state = {"weight": torch.zeros(100_000)}
+    load(state, storage_reader=CkptstoreReader(tmp_path, run="a", step=0), planner=Compacting())
+    assert torch.equal(state["weight"], weights[0])

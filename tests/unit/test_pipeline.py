@@ -1,10 +1,13 @@
 """Stages on threads: order, bounds, and the first failure that stops the rest."""
 
+import os
+import sys
 import threading
 import time
 
 import pytest
 
+from ckptstore import pipeline
 from ckptstore.pipeline import Stage, each, staged
 
 
@@ -97,3 +100,20 @@ def test_a_failing_progress_callback_is_a_failure_too() -> None:
 
     with pytest.raises(Broken, match="the bar broke"):
         staged(range(5), [Stage(lambda item: item, 2)], done=done)
+
+
+def test_work_beside_is_done_on_another_thread_and_its_result_or_failure_handed_over() -> None:
+    here = threading.get_ident()
+    assert pipeline.beside(lambda: (threading.get_ident() != here, "done")) == (True, "done")
+    with pytest.raises(ZeroDivisionError):
+        pipeline.beside(lambda: 1 // 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_work_beside_leaves_the_priority_of_its_caller_as_it_is() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = priority()
+    assert pipeline.beside(priority) > before or before >= 19
+    assert priority() == before
