@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 import ckptstore
 from ckptstore import tagging
+from ckptstore.assembly import Assembly
 from ckptstore.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
 from ckptstore.integrations import _dcp_reader
 from ckptstore.integrations.dcp import CkptstoreReader, CkptstoreWriter
@@ -339,11 +340,20 @@ def test_a_checkpoint_that_stands_and_could_not_be_tagged_is_told_so(
 def test_what_is_converted_on_its_way_is_read_in_batches_and_none_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    batches: list[int] = []
+
+    class Counted(Assembly):
+        def fill(self, *args: Any, **kwargs: Any) -> None:
+            batches.append(len(self._boxes))
+            super().fill(*args, **kwargs)
+
+    monkeypatch.setattr(_dcp_reader, "Assembly", Counted)
     monkeypatch.setattr(_dcp_reader, "MAX_INFLIGHT_BYTES", 50_000)
     state = {f"t{number}": torch.full((5000,), float(number)) for number in range(10)} | {"note": "x"}
     save(state, storage_writer=CkptstoreWriter(tmp_path, run="a", step=1))
     found: dict[str, Any] = {name: torch.zeros(5000, dtype=torch.float64) for name in state if name != "note"}
     load(found := found | {"note": ""}, storage_reader=CkptstoreReader(tmp_path, run="a"))
+    assert batches == [3, 3, 3, 1]
     assert found.pop("note") == "x"
     for number, each in enumerate(found.values()):
         assert torch.equal(each, torch.full((5000,), float(number), dtype=torch.float64))
