@@ -9,6 +9,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import ckptstore
 from benchmarks.peers import Peer, installed
 from benchmarks.save import timed_save, timed_torch_save
@@ -47,6 +49,7 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
             {codec: partial(_restored, work / codec) for codec in CODECS}
             | {name: partial(_given_back, peer, training.step, work / "back") for name, peer in peers.items()},
         )
+        torch.save(training.state_dicts(), work / "newest.pt")
         compacted = _compacted(runs["small"], work, rounds)
     rows = []
     for name, seconds in saves.items():
@@ -77,7 +80,7 @@ def _compacted(run: ckptstore.Run, work: Path, rounds: int) -> list[Row]:
     restores = in_turn(
         rounds,
         {
-            BASE: lambda _: fresh("benchmarks.restore:torch_restore", file=str(work / "state.pt")),
+            BASE: lambda _: fresh("benchmarks.restore:torch_restore", file=str(work / "newest.pt")),
             "newest": partial(_restored, work / "small"),
             "another as saved": partial(_restored, work / "small", step=steps[1]),
         },
@@ -91,7 +94,7 @@ def _compacted(run: ckptstore.Run, work: Path, rounds: int) -> list[Row]:
     after = in_turn(
         rounds,
         {
-            BASE: lambda _: fresh("benchmarks.restore:torch_restore", file=str(work / "state.pt")),
+            BASE: lambda _: fresh("benchmarks.restore:torch_restore", file=str(work / "newest.pt")),
             "compacted, the oldest": partial(_restored, work / "small", step=steps[0]),
             "compacted, the fourth newest": partial(_restored, work / "small", step=steps[-4]),
         },
