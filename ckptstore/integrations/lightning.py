@@ -88,7 +88,7 @@ class CkptstoreIO(CheckpointIO):
         self._run = run
         self._background = background
         self._files = _Files(self._store, run)
-        self._pending: tuple[PendingSave, str] | None = None
+        self._pending: _Pending | None = None
         self._to_remove: list[str] = []
         self._own: set[str] = set()
         """Paths that this object has saved."""
@@ -105,12 +105,14 @@ class CkptstoreIO(CheckpointIO):
                 f"{self!r} cannot be sent to another process: give it the URL of the store in place of a Store."
             )
         self._settle()
-        return {"url": self._url, "run": self._run, "options": self._options, "background": self._background}
+        names = ("_url", "_run", "_options", "_background", "_latest")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(  # type: ignore[misc]
-            state["url"], state["run"], storage_options=state["options"], background=state["background"]
+            state["_url"], state["_run"], storage_options=state["_options"], background=state["_background"]
         )
+        self._latest = state["_latest"]
 
     # ---- what users call
 
@@ -191,7 +193,12 @@ class CkptstoreIO(CheckpointIO):
         }
         try:
             if self._background:
-                self._pending = run.save_async(checkpoint, **arguments), name
+                pending = run.save_async(checkpoint, **arguments)
+                # At once, as callbacks number a name that exists already.
+                is_new = not get_filesystem(name).exists(name)
+                if is_new:
+                    self._write_placeholder(name, chosen, number)
+                self._pending = _Pending(pending, name, is_new)
             else:
                 self._finish(run.save(checkpoint, **arguments), name)
         except InvalidInputError as error:
@@ -232,7 +239,7 @@ class CkptstoreIO(CheckpointIO):
         While a save is under way in the background, this is put off until that one is durable.
         """
         name = _normal(path)
-        if self._pending is not None and not self._pending[0].done():
+        if self._pending is not None and not self._pending.save.done():
             self._to_remove.append(name)
             return
         self._settle()
@@ -247,14 +254,15 @@ class CkptstoreIO(CheckpointIO):
     def _settle(self) -> None:
         """Wait for the pending save, and do what had to wait for it."""
         if self._pending is not None:
-            pending, name = self._pending
-            self._pending = None
+            pending, self._pending = self._pending, None
             try:
-                saved = pending.result()
+                saved = pending.save.result()
             except BaseException:
                 self._to_remove.clear()  # what they were to make room for is not there
+                if pending.is_new:
+                    _remove_file(pending.path)
                 raise
-            self._finish(saved, name)
+            self._finish(saved, pending.path)
         while self._to_remove:
             self._remove(self._to_remove.pop(0))
 
@@ -263,7 +271,10 @@ class CkptstoreIO(CheckpointIO):
         earlier = self._files.add(_Place.of(saved, name))
         for place in earlier:
             self._delete(place)
-        _write_placeholder(name, {PLACEHOLDER: 1, "store": self._store.url, "run": saved.run, "step": saved.step})
+        self._write_placeholder(name, saved.run, saved.step)
+
+    def _write_placeholder(self, name: str, run: str, step: int) -> None:
+        _write_json(name, {PLACEHOLDER: 1, "store": self._store.url, "run": run, "step": step})
 
     def _require_own(self, name: str) -> None:
         """Keep a training that was started anew by mistake from replacing an older one's checkpoints."""
@@ -331,9 +342,7 @@ class CkptstoreIO(CheckpointIO):
         self._files.read_once()
         for place in self._files.forget(name):
             self._delete(place)
-        filesystem = get_filesystem(name)
-        if filesystem.isfile(name):
-            filesystem.rm_file(name)  # never a folder: names come out of checkpoints, too
+        _remove_file(name)
 
     def _delete(self, place: "_Place") -> None:
         with contextlib.suppress(NotFoundError):  # pruned meanwhile
@@ -344,6 +353,16 @@ class CkptstoreIO(CheckpointIO):
         return NotFoundError(
             f"run {self._run!r} of {self._store.url} has no checkpoint {os.fspath(path)!r}. It has: {known}."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A save in the background."""
+
+    save: PendingSave
+    path: str
+    is_new: bool
+    """Whether nothing stood at the path before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,7 +520,7 @@ def _metrics_of(checkpoint: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _write_placeholder(name: str, about: Mapping[str, Any]) -> None:
+def _write_json(name: str, about: Mapping[str, Any]) -> None:
     """Show Lightning, and people, that there is a checkpoint of this name."""
     filesystem = get_filesystem(name)
     filesystem.makedirs(name.rpartition("/")[0], exist_ok=True)
@@ -511,6 +530,13 @@ def _write_placeholder(name: str, about: Mapping[str, Any]) -> None:
         json.dump(
             {**about, "note": "this stands for a checkpoint in a ckptstore; `ckptstore export` makes a file"}, opened
         )
+
+
+def _remove_file(name: str) -> None:
+    """Never a folder: names come out of checkpoints, too."""
+    filesystem = get_filesystem(name)
+    if filesystem.isfile(name):
+        filesystem.rm_file(name)
 
 
 def _placeholder_at(name: str) -> dict[str, Any] | None:

@@ -354,6 +354,14 @@ def test_in_the_background_an_old_checkpoint_stays_if_the_new_one_fails() -> Non
     assert not Path("2.ckpt").exists()
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_a_name_that_exists_is_numbered_as_with_files(store: ckptstore.Store, background: bool) -> None:
+    io = CkptstoreIO(store, RUN, background=background)
+    fit(io, callbacks=[ModelCheckpoint(dirpath="saved", filename="same", monitor="val_loss", save_top_k=-1)])
+    assert names(io) == ["same.ckpt", "same-v1.ckpt", "same-v2.ckpt"]
+    assert store.run(RUN).steps() == [3, 6, 9]
+
+
 def test_in_the_background_what_was_saved_is_the_state_of_that_moment(store: ckptstore.Store) -> None:
     io = CkptstoreIO(store, RUN, background=True)
     weights = torch.zeros(1000)
@@ -372,6 +380,18 @@ def test_of_two_processes_only_that_of_rank_0_saves_and_both_resume(store: ckpts
     assert store.run(RUN).steps() == [2]
     fit(CkptstoreIO(store.url, RUN), epochs=2, ckpt_path=CkptstoreIO(store.url, RUN).latest(), **settings)
     assert store.run(RUN).steps() == [2, 4]
+
+
+def test_what_is_sent_to_another_process_still_knows_what_the_latest_was(store: ckptstore.Store) -> None:
+    io = CkptstoreIO(store.url, RUN, background=True)
+    io.save_checkpoint({"global_step": 1}, "1.ckpt")
+    before = chunks(Path(store.url))
+    io.save_checkpoint({"global_step": 2, "weights": torch.ones(9)}, "2.ckpt")
+    latest = io.latest()
+    again = pickle.loads(pickle.dumps(io))
+    damage_newest(Path(store.url), before)
+    with pytest.warns(ckptstore.CheckpointWarning, match="Going back to step 1"):
+        assert again.load_checkpoint(latest) == {"global_step": 1}
 
 
 def test_a_store_object_cannot_be_sent_to_another_process(io: CkptstoreIO) -> None:

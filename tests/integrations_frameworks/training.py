@@ -46,7 +46,8 @@ def _environment() -> dict[str, str]:
 def damage_newest(folder: Path, before: set[Path]) -> None:
     """Damage the chunks of the store in `folder` that were not there `before`."""
     for path in chunks(folder) - before:
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def chunks(folder: Path) -> set[Path]:
