@@ -13,7 +13,20 @@ from typing import Any
 if "--quick" in sys.argv:
     os.environ["CKPTSTORE_BENCHMARK_STEPS"] = "3"  # read by the imports that follow, here and in child processes
 
-from benchmarks import background, bucket, finetune, memory, profile, resave, restore, save, series, states, stored
+from benchmarks import (
+    background,
+    bucket,
+    finetune,
+    memory,
+    profile,
+    requests,
+    resave,
+    restore,
+    save,
+    series,
+    states,
+    stored,
+)
 from benchmarks.timing import Report
 
 Ask = Callable[[Path, int], Report]
@@ -32,6 +45,7 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "series-close": (series.ask_close, 3),
     "bucket-save": (bucket.ask_save, 5),
     "bucket-restore": (bucket.ask_restore, 5),
+    "bucket-requests": (requests.ask, 3),
 }
 
 QUICK = ("stored", "restore", "save", "resave", "fine-tune", "async")

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 
 import ckptstore
+from benchmarks.requests import KINDS
 from benchmarks.states import STEPS, Training, raw_bytes, real_batches, state_file
 from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target, use_kernels
 
 SAVE_QUESTION = "bucket-save: LSTM and Adam to SeaweedFS on this machine, all of it new"
 RESTORE_QUESTION = "bucket-restore: the same back, each in a fresh process"
 TARGET = 1.5
-OURS, BASE, DCP = "ckptstore", "torch.save + s3fs", "DCP FsspecWriter"
+BASE, DCP = "torch.save + s3fs", "DCP FsspecWriter"
+OURS = {"ckptstore": "s3fs", "ckptstore with obstore": "obstore"}
+"""Our own ways, and the client of S3 for each."""
 
 
 def ask_save(folder: Path, rounds: int) -> Report:
@@ -31,15 +34,19 @@ def ask_save(folder: Path, rounds: int) -> Report:
     batches = real_batches(folder)
     with running_seaweed() as server:
         url, options = f"s3://{server.new_bucket()}", server.storage_options
-        run = ckptstore.Store(f"{url}/ckpts", options).run("lstm")
+        runs = {
+            name: ckptstore.Store(KINDS[client](f"{url}/{client}", options)).run("lstm")
+            for name, client in OURS.items()
+        }
         training.train(batches, 1)
-        run.save(training.state(), step=0)  # makes the store and the connections
+        for run in runs.values():
+            run.save(training.state(), step=0)  # makes the store and the connections
         _upload(f"{url}/warm.pt", options, training)
 
         def trained(number: int) -> None:
             training.train(batches, number + STEPS + 3 - training.step)
 
-        def ours(number: int) -> Took:
+        def ours(run: ckptstore.Run, number: int) -> Took:
             trained(number)
             with Stopwatch() as watch:
                 checkpoint = run.save(training.state(), step=training.step)
@@ -58,7 +65,8 @@ def ask_save(folder: Path, rounds: int) -> Report:
                 _dcp_save(f"{url}/dcp-{number}", options, training)
             return watch.took
 
-        measured = in_turn(rounds, {OURS: ours, BASE: theirs, DCP: dcp})
+        variants = {name: partial(ours, run) for name, run in runs.items()}
+        measured = in_turn(rounds, {**variants, BASE: theirs, DCP: dcp})
     rows = compared(measured, BASE, raw_bytes(training.state_dicts()))
     return Report(SAVE_QUESTION, rows, target(f"speed / that of {BASE} is", rows[0].figures["speed"], at_least=TARGET))
 
@@ -73,8 +81,11 @@ def ask_restore(folder: Path, rounds: int) -> Report:
         ckptstore.Store(f"{place['url']}/ckpts", place["options"]).run("lstm").save(training.state(), step=1)
         _upload(f"{place['url']}/state.pt", place["options"], training)
         _dcp_save(f"{place['url']}/dcp", place["options"], training)
-        names = {OURS: "our_restore", BASE: "torch_restore", DCP: "dcp_restore"}
-        variants = {name: partial(_in_child, function, place) for name, function in names.items()}
+        theirs = {BASE: "torch_restore", DCP: "dcp_restore"}
+        variants = {
+            name: partial(_in_child, "our_restore", {**place, "client": client}) for name, client in OURS.items()
+        }
+        variants |= {name: partial(_in_child, function, place) for name, function in theirs.items()}
         measured = in_turn(rounds, variants)
     rows = compared(measured, BASE, raw_bytes(training.state_dicts()))
     return Report(
@@ -87,12 +98,12 @@ def _in_child(function: str, place: dict[str, Any], _: int) -> Took:
     return took
 
 
-def our_restore(url: str, options: dict[str, Any]) -> Took:
+def our_restore(url: str, options: dict[str, Any], client: str) -> Took:
     import ckptstore.restoring
 
     use_kernels(os.environ.get("CKPTSTORE_KERNELS", "numpy"))
     training = Training.fresh()
-    run = ckptstore.Store(f"{url}/ckpts", options).run("lstm")
+    run = ckptstore.Store(KINDS[client](f"{url}/ckpts", options)).run("lstm")
     run._objects.connect()  # the others import s3fs before the clock starts, too
     with Stopwatch() as watch:
         assert run.restore({"model": training.model, "optimizer": training.optimizer}) is not None

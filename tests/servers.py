@@ -31,6 +31,7 @@ WEED_PORTS = (
     "filer.port",
     "filer.port.grpc",
     "s3.port",
+    "s3.port.https",
     "s3.port.grpc",
     "s3.port.iceberg",
     "s3.port.lance",
@@ -40,9 +41,10 @@ WEED_PORTS = (
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running server: where it is, and what s3fs needs to use it."""
+    """A running server: where it is (with TLS, if it was given a certificate), and what s3fs needs to use it."""
 
     endpoint_url: str
+    https_url: str = ""
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -91,8 +93,8 @@ def running_moto() -> Iterator[S3Server]:
 
 
 @contextlib.contextmanager
-def running_seaweed() -> Iterator[S3Server]:
-    """Run SeaweedFS (master, volume, filer and S3 gateway) in its own process."""
+def running_seaweed(*more: str) -> Iterator[S3Server]:
+    """Run SeaweedFS (master, volume, filer and S3 gateway) in its own process, with `more` on its command line."""
     ports = dict(zip(WEED_PORTS, free_ports(len(WEED_PORTS)), strict=True))
     folder = tempfile.mkdtemp(prefix="ckptstore-weed-")
     try:
@@ -107,8 +109,9 @@ def running_seaweed() -> Iterator[S3Server]:
             "-s3",
             f"-s3.config={_weed_identities(folder)}",
             *(f"-{name}={port}" for name, port in ports.items()),
+            *more,
         ]
-        server = S3Server(f"http://127.0.0.1:{ports['s3.port']}")
+        server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", f"https://localhost:{ports['s3.port.https']}")
         with _process(command, server.client):
             yield server
     finally:

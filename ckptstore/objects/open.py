@@ -17,6 +17,8 @@ from ckptstore.objects.base import Objects
 
 __all__ = ["open_objects", "self_test", "store_time"]
 
+S3_VARIABLE = "CKPTSTORE_S3"
+
 
 def open_objects(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Objects:
     """Choose the backend for a path or URL. Nothing is read, made or asked for yet."""
@@ -39,14 +41,38 @@ def open_objects(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
         return MemoryObjects(place)
     from ckptstore.objects.azure import AzureObjects, is_azure
     from ckptstore.objects.http import HttpObjects, is_http
-    from ckptstore.objects.remote import FsspecObjects, S3Objects, is_s3
+    from ckptstore.objects.remote import FsspecObjects, is_s3
 
+    if is_s3(place):
+        return _s3(place, storage_options or {})
     if is_azure(place):
         return AzureObjects(place, storage_options)
-    if is_http(place):
-        return HttpObjects(place, storage_options)
+    return (HttpObjects if is_http(place) else FsspecObjects)(place, storage_options)
 
-    return (S3Objects if is_s3(place) else FsspecObjects)(place, storage_options)
+
+def _s3(place: str, storage_options: Mapping[str, Any]) -> Objects:
+    """Use obstore beside s3fs where it is installed and can follow all options, unless the user wants it otherwise."""
+    from ckptstore.objects.obstore import ObstoreObjects
+    from ckptstore.objects.obstore_options import is_installed, unmapped
+    from ckptstore.objects.s3 import S3Objects
+
+    wish = os.environ.get(S3_VARIABLE) or None
+    if wish not in (None, "s3fs", "obstore"):
+        raise InvalidInputError(f"{S3_VARIABLE}={wish!r} names no client of S3. Give s3fs or obstore, or unset it.")
+    if wish == "s3fs":
+        return S3Objects(place, storage_options)
+    fits = is_installed() and not unmapped(storage_options)
+    if wish is None or fits:
+        return (ObstoreObjects if fits else S3Objects)(place, storage_options)
+    if not is_installed():
+        raise InvalidInputError(
+            f'{S3_VARIABLE}=obstore, and there is none that is new enough. Add it (pip install "ckptstore[obstore]"), '
+            f"or unset {S3_VARIABLE}."
+        )
+    raise InvalidInputError(
+        f"{S3_VARIABLE}=obstore, and obstore cannot follow {', '.join(unmapped(storage_options))} exactly. Unset "
+        f"{S3_VARIABLE}: s3fs can."
+    )
 
 
 def _local(path: str) -> Objects:

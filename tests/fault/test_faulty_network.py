@@ -20,7 +20,7 @@ import torch
 import ckptstore
 from ckptstore.errors import UnavailableError
 from ckptstore.objects.open import open_objects
-from ckptstore.objects.remote import S3Objects
+from ckptstore.objects.s3 import S3Objects
 from tests.fault import proxy as faults
 from tests.fault.proxy import Fault, FaultProxy, HoldBack, Throttle
 from tests.servers import S3Server, moto_s3, no_aws_settings, seaweed_s3
@@ -117,13 +117,15 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     import botocore.retryhandler
     import s3fs.core
 
-    from ckptstore.objects import remote
+    from ckptstore.objects import obstore, obstore_options, s3
 
     hurried = types.ModuleType("asyncio")
     vars(hurried).update(vars(asyncio))
     vars(hurried)["sleep"] = lambda seconds: asyncio.sleep(seconds / 100)
     monkeypatch.setattr(s3fs.core, "asyncio", hurried)
-    monkeypatch.setattr(remote, "asyncio", hurried)
+    monkeypatch.setattr(s3, "asyncio", hurried)
+    monkeypatch.setattr(obstore, "LONGEST_PAUSE", obstore.LONGEST_PAUSE / 100)
+    monkeypatch.setattr(obstore_options, "WHOLE_PUT", 1)
     monkeypatch.setattr(botocore.retryhandler, "random", types.SimpleNamespace(random=lambda: random.random() / 100))
 
 

@@ -10,7 +10,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ckptstore.objects.base import Objects
+from ckptstore.objects.obstore import ObstoreObjects
 from ckptstore.objects.open import open_objects
+from ckptstore.objects.s3 import S3Objects
 from ckptstore.testing import BackendSuite
 from tests.servers import S3Server
 
@@ -32,19 +34,35 @@ class TestMemory(BackendSuite):
 
 
 class TestMoto(BackendSuite):
-    """A prefix of a bucket of moto."""
+    """A prefix of a bucket of moto, through s3fs."""
 
     @pytest.fixture
     def objects(self, moto_s3: S3Server) -> Objects:
-        return open_objects(f"s3://{moto_s3.new_bucket()}/some/prefix/", moto_s3.storage_options)
+        return S3Objects(f"s3://{moto_s3.new_bucket()}/some/prefix/", moto_s3.storage_options)
+
+
+class TestMotoThroughObstore(BackendSuite):
+    """The same through obstore and s3fs."""
+
+    @pytest.fixture
+    def objects(self, moto_s3: S3Server) -> Objects:
+        return ObstoreObjects(f"s3://{moto_s3.new_bucket()}/some/prefix/", moto_s3.storage_options)
 
 
 class TestSeaweed(BackendSuite):
-    """A whole bucket of SeaweedFS."""
+    """A whole bucket of SeaweedFS, through s3fs."""
 
     @pytest.fixture
     def objects(self, seaweed_s3: S3Server) -> Objects:
-        return open_objects(f"s3://{seaweed_s3.new_bucket()}", seaweed_s3.storage_options)
+        return S3Objects(f"s3://{seaweed_s3.new_bucket()}", seaweed_s3.storage_options)
+
+
+class TestSeaweedThroughObstore(BackendSuite):
+    """The same through obstore and s3fs."""
+
+    @pytest.fixture
+    def objects(self, seaweed_s3: S3Server) -> Objects:
+        return ObstoreObjects(f"s3://{seaweed_s3.new_bucket()}", seaweed_s3.storage_options)
 
 
 class FoldersInMemory(MemoryFileSystem):  # type: ignore[misc]

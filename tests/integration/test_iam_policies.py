@@ -23,7 +23,7 @@ from ckptstore import CheckpointWarning, CorruptError, Store, UnavailableError
 from ckptstore.cli import main
 from ckptstore.format import session_key
 from ckptstore.manifest import Session, encode
-from ckptstore.objects.remote import S3Objects
+from ckptstore.objects.s3 import S3Objects
 from ckptstore.writer import this_writer
 from tests.servers import S3Server, running_moto
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ckptstore
-from ckptstore.objects.remote import S3Objects
+from ckptstore.objects.s3 import S3Objects
 from tests.servers import KEY, SECRET, S3Server
 
 KMS_KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"

@@ -12,11 +12,12 @@ import botocore.exceptions
 import pytest
 
 from ckptstore.errors import InvalidInputError, UnavailableError
-from ckptstore.objects import remote
+from ckptstore.objects import remote, s3
 from ckptstore.objects.base import Bytes, Objects
 from ckptstore.objects.memory import MemoryObjects
 from ckptstore.objects.open import open_objects, self_test
-from ckptstore.objects.remote import FsspecObjects, S3Objects
+from ckptstore.objects.remote import FsspecObjects
+from ckptstore.objects.s3 import S3Objects
 from tests.servers import SECRET, S3Server, moto_s3, no_aws_settings, seaweed_s3
 
 __all__ = ["moto_s3", "no_aws_settings", "seaweed_s3"]
@@ -304,7 +305,7 @@ def test_keys_of_a_server_that_stays_busy_are_an_error(monkeypatch: pytest.Monke
     objects = AnsweringDeletes(*[{"b": "SlowDown"}] * 100)
     with pytest.raises(UnavailableError, match=r"prefix/b: 1 of 2 keys were refused, this one as SlowDown"):
         objects.delete_many(["a", "b"])
-    assert len(objects.asked) == remote.DELETE_TRIES
+    assert len(objects.asked) == s3.DELETE_TRIES
 
 
 @pytest.mark.parametrize("code", ["NotImplemented", "MethodNotAllowed", "501"])

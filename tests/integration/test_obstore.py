@@ -1,0 +1,282 @@
+"""ObstoreObjects: what its requests look like on the wire, and what it makes of refusals, time-outs and forks."""
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptstore.errors import UnavailableError
+from ckptstore.objects import obstore as module
+from ckptstore.objects.obstore import ObstoreObjects
+from ckptstore.objects.s3 import S3Objects
+from tests.fault.proxy import FaultProxy, Request, error_page, refusal
+from tests.servers import KEY, SECRET, S3Server
+
+KMS_KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+PUT, GET = ("put", "key"), ("get", "key")
+
+
+@pytest.fixture(scope="module")
+def proxy(moto_s3: S3Server) -> Iterator[FaultProxy]:
+    with FaultProxy(moto_s3.endpoint_url) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch, proxy: FaultProxy) -> None:
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.01)
+    proxy.heal()
+
+
+@pytest.fixture
+def through(moto_s3: S3Server, proxy: FaultProxy) -> Callable[..., ObstoreObjects]:
+    """Objects in a bucket of their own, through a proxy that sees every request."""
+
+    def opened(**options: Any) -> ObstoreObjects:
+        client = {"endpoint_url": proxy.endpoint_url, "region_name": "us-east-1"}
+        given = {"key": KEY, "secret": SECRET, "client_kwargs": client, **options}
+        return ObstoreObjects(f"s3://{moto_s3.new_bucket()}/some/prefix", given)
+
+    return opened
+
+
+def sent(proxy: FaultProxy, operation: str) -> tuple[Request, dict[str, str]]:
+    """The one request of this kind, and its headers; the client must have been obstore."""
+    [request] = [each for each in proxy.requests if each.operation == operation]
+    headers = dict(re.findall(r"(?m)^([\w-]+): ([^\r]*)\r$", request.head.decode("latin-1")))
+    lower = {name.lower(): value for name, value in headers.items()}
+    assert "object_store" in lower["user-agent"]
+    return request, lower
+
+
+def test_a_put_and_a_get_are_one_request_each(through: Callable[..., ObstoreObjects], proxy: FaultProxy) -> None:
+    objects = through()
+    content = os.urandom(9 * 2**20)
+    objects.put("key", content)
+    assert objects.get("key") == content
+    assert objects.get("absent") is None
+    assert [each.operation for each in proxy.requests] == ["put", "get", "get"]
+    sent(proxy, "put")
+
+
+def test_a_create_is_left_to_s3fs(through: Callable[..., ObstoreObjects], proxy: FaultProxy) -> None:
+    assert through().create("key", b"x") is True
+    [request] = proxy.requests
+    assert request.operation == "create"
+    assert b"object_store" not in request.head
+
+
+def test_puts_carry_a_checksum_unless_that_is_turned_off(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy
+) -> None:
+    through().put("key", b"x")
+    assert "x-amz-checksum-sha256" in sent(proxy, "put")[1]
+    proxy.heal()
+    through(config_kwargs={"request_checksum_calculation": "when_required"}).put("key", b"x")
+    assert not [name for name in sent(proxy, "put")[1] if "checksum" in name]
+
+
+def test_encryption_and_class_go_along_with_every_put(
+    through: Callable[..., ObstoreObjects], moto_s3: S3Server
+) -> None:
+    wishes = {
+        "ServerSideEncryption": "aws:kms",
+        "SSEKMSKeyId": KMS_KEY,
+        "BucketKeyEnabled": True,
+        "StorageClass": "STANDARD_IA",
+    }
+    objects = through(s3_additional_kwargs=wishes)
+    objects.put("put", b"x")
+    objects.create("created", b"x")
+    bucket = objects.url.split("/")[2]
+    for key in ("put", "created"):
+        head = moto_s3.client().head_object(Bucket=bucket, Key=f"some/prefix/{key}")
+        assert {name: head[name] for name in wishes} == wishes
+    assert objects.get("put") == b"x"
+
+
+def test_whoever_asks_pays_if_they_say_so(through: Callable[..., ObstoreObjects], proxy: FaultProxy) -> None:
+    objects = through(requester_pays=True)
+    objects.put("key", b"x")
+    objects.get("key")
+    assert [sent(proxy, each)[1]["x-amz-request-payer"] for each in ("put", "get")] == ["requester", "requester"]
+
+
+def test_nothing_is_signed_for_a_public_bucket(through: Callable[..., ObstoreObjects], proxy: FaultProxy) -> None:
+    through(anon=True, key=None, secret=None).put("key", b"x")
+    assert "authorization" not in sent(proxy, "put")[1]
+
+
+@pytest.mark.parametrize("profile", ["keys", "role"])
+def test_profiles_and_assumed_roles_sign_as_the_aws_tools_do(
+    moto_s3: S3Server, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str
+) -> None:
+    place = f"region=us-east-1\nendpoint_url={proxy.endpoint_url}\n"
+    (tmp_path / "config").write_text(
+        f"[profile keys]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n{place}"
+        f"[profile role]\nrole_arn=arn:aws:iam::123456789012:role/trainer\nsource_profile=keys\n{place}"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    objects = ObstoreObjects(f"s3://{moto_s3.new_bucket()}", {"profile": profile})
+    objects.put("key", b"x")
+    _, headers = sent(proxy, "put")
+    assert (f"Credential={KEY}/" in headers["authorization"]) == (profile == "keys")
+    assert ("x-amz-security-token" in headers) == (profile == "role")
+
+
+def test_a_certificate_authority_of_ones_own_is_left_to_s3fs(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    objects = through(client_kwargs={"endpoint_url": proxy.endpoint_url, "region_name": "us-east-1", "verify": False})
+    objects.put("key", b"x")
+    assert objects._stores is None
+    assert b"object_store" not in proxy.requests[0].head
+
+
+@pytest.mark.parametrize("act", [PUT, GET], ids=["put", "get"])
+def test_a_bucket_in_another_region_is_left_to_s3fs_which_follows(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy, act: tuple[str, str]
+) -> None:
+    objects = through()
+    objects.put("key", b"x")
+    proxy.play(refusal(301, "PermanentRedirect"), *act)
+    objects.put("key", b"y")
+    assert objects.get("key") == b"y"
+    assert objects._stores is None
+
+
+def test_a_refusal_tells_what_s3_said_and_names_the_permission(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy
+) -> None:
+    objects = through()
+    proxy.play(refusal(403, "AccessDenied"), *PUT)
+    with pytest.raises(UnavailableError, match=r"^cannot write s3://\S+/key: AccessDenied\. .*s3:PutObject") as caught:
+        objects.put("key", b"x")
+    assert caught.value.__cause__ is not None
+    assert proxy.count(*PUT) == 1  # it would be refused again
+
+
+def test_a_missing_bucket_is_no_missing_key(moto_s3: S3Server) -> None:
+    objects = ObstoreObjects("s3://no-such-bucket/prefix", moto_s3.storage_options)
+    for act in (lambda: objects.get("key"), lambda: objects.put("key", b"x")):
+        with pytest.raises(UnavailableError, match=r"The bucket 'no-such-bucket' does not exist"):
+            act()
+
+
+def test_a_missing_key_is_told_from_a_page_that_says_404(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy
+) -> None:
+    objects = through()
+    proxy.play(error_page(404), *GET)
+    with pytest.raises(UnavailableError, match=r"the server answered 404"):
+        objects.get("key")
+    assert objects.get("key") is None
+
+
+def test_a_page_in_place_of_an_object_is_asked_for_again(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy
+) -> None:
+    objects = through()
+    objects.put("key", b"x")
+    proxy.play(error_page(200), *GET, times=3)
+    assert objects.get("key") == b"x"
+
+
+def test_a_busy_server_is_asked_as_often_as_through_s3fs(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy
+) -> None:
+    objects = through(config_kwargs={"retries": {"max_attempts": 1}})
+    proxy.play(refusal(503, "SlowDown"), times=None)
+    with pytest.raises(UnavailableError, match=r"cannot write s3://\S+/key: SlowDown"):
+        objects.put("key", b"x")
+    assert proxy.count(*PUT) == 10
+
+
+@pytest.mark.parametrize("option", ["secret", "key"])
+def test_wrong_credentials_are_told_and_not_shown(seaweed_s3: S3Server, option: str) -> None:
+    options = {**seaweed_s3.storage_options, option: "not-this-one"}
+    objects = ObstoreObjects(f"s3://{seaweed_s3.new_bucket()}", options)
+    for act in (lambda: objects.get("key"), lambda: objects.put("key", b"x")):
+        with pytest.raises(UnavailableError, match="credentials are wrong") as caught:
+            act()
+        assert SECRET not in str(caught.value)
+        assert "not-this-one" not in str(caught.value)
+
+
+def test_no_credentials_at_all_are_told_with_the_ways_to_give_them(no_aws_settings: None) -> None:
+    objects = ObstoreObjects("s3://bucket", {"endpoint_url": "http://127.0.0.1:9"})
+    with pytest.raises(UnavailableError, match=r"Unable to locate credentials. Give them as storage_options="):
+        objects.put("key", b"x")
+
+
+def test_credentials_that_can_no_longer_be_had_are_told(
+    moto_s3: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expired() -> dict[str, Any]:
+        raise RuntimeError("the session of your single sign-on has ended")
+
+    monkeypatch.setattr("ckptstore.objects.obstore_options._credentials", lambda fs: expired)
+    objects = ObstoreObjects(f"s3://{moto_s3.new_bucket()}", moto_s3.storage_options)
+    with pytest.raises(UnavailableError, match=r"single sign-on has ended.* credentials are wrong or expired"):
+        objects.put("key", b"x")
+
+
+def test_an_unreachable_server_is_told_by_what_the_system_says() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, and never listening: connections are refused
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        options = {
+            "key": "k",
+            "secret": "s",
+            "endpoint_url": endpoint,
+            "config_kwargs": {"retries": {"max_attempts": 0}},
+        }
+        with pytest.raises(UnavailableError, match=rf"Connection refused, asking {endpoint}\. Check the network"):
+            ObstoreObjects("s3://bucket/prefix", options).get("key")
+
+
+def test_a_put_of_a_server_that_never_answers_ends(moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptstore.objects.obstore_options.WHOLE_PUT", 1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        config = {"read_timeout": 0.1, "retries": {"max_attempts": 0}}
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        options = {"key": "k", "secret": "s", "endpoint_url": endpoint, "config_kwargs": config}
+        with pytest.raises(
+            UnavailableError, match=r"cannot write s3://bucket/key: timeout: there was no answer in time"
+        ):
+            ObstoreObjects("s3://bucket", options).put("key", b"x")
+
+
+def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy
+) -> None:
+    objects = through()
+    objects.put("key", b"x")
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # which ends it, should it wait
+        works = objects.get("key") == b"x" and ObstoreObjects(objects.url, objects._options).get("key") == b"x"
+        os._exit(0 if works else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert objects.get("key") == b"x"
+    assert [b"object_store" in each.head for each in proxy.requests] == [True, False, False, True]
+
+
+def test_it_is_s3fs_that_lists_and_deletes(through: Callable[..., ObstoreObjects], proxy: FaultProxy) -> None:
+    objects = through()
+    objects.list("")
+    objects.children("")
+    objects.delete("key")
+    assert len(proxy.requests) == 3
+    assert not [each for each in proxy.requests if b"object_store" in each.head]
+    for name in ("list", "children", "delete", "delete_many", "create"):
+        assert getattr(ObstoreObjects, name) is getattr(S3Objects, name)
