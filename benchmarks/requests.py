@@ -5,7 +5,6 @@ same processor, so by the clock the clients differ by less than they would; thei
 """
 
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,19 +26,18 @@ KINDS = {"s3fs": S3Objects, "obstore": ObstoreObjects}
 
 def ask(folder: Path, rounds: int) -> Report:
     """What puts, gets and listings cost the client, through s3fs alone and with obstore beside it."""
-    from tests.servers import running_seaweed
+    from tests.servers import running_seaweed, self_signed
 
     bodies = [os.urandom(SIZE) for _ in range(8)]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as certificates:
-        certificate, key = _certificate(Path(certificates))
+        certificate, key = self_signed(Path(certificates))
         os.environ["SSL_CERT_FILE"] = certificate  # where obstore looks for whom to trust
         with running_seaweed(f"-s3.cert.file={certificate}", f"-s3.key.file={key}") as server:
             bucket = server.new_bucket()
-            client = {"endpoint_url": server.https_url, "region_name": "us-east-1", "verify": certificate}
             for scheme, options in {
                 "http": server.storage_options,
-                "https": {**server.storage_options, "client_kwargs": client},
+                "https": server.storage_options_of_https(certificate),
             }.items():
                 ways = {name: kind(f"s3://{bucket}/{name}", options) for name, kind in KINDS.items()}
                 for threads in (16, 64):
@@ -74,7 +72,7 @@ def _listing(objects: S3Objects, rounds: int) -> list[Row]:
     beside = ObstoreObjects(objects.url, objects._options)
     beside.connect()
     assert beside._stores is not None
-    store = beside._stores[1]
+    store = beside._stores.puts
 
     def ours(number: int) -> Took:
         with Stopwatch() as watch:
@@ -86,17 +84,8 @@ def _listing(objects: S3Objects, rounds: int) -> list[Row]:
             assert sum(len(rows) for rows in obstore.list(store, "list", chunk_size=1000)) == LISTED
         return watch.took
 
-    return _named(in_turn(rounds, {"s3fs": ours, "obstore": theirs}), "list http", 0)
+    return _named(in_turn(rounds, {"s3fs": ours, "obstore": theirs}), "list", 0)
 
 
 def _named(measured: Mapping[str, Any], act: str, payload_bytes: int) -> list[Row]:
     return [replace(row, name=f"{act}: {row.name}") for row in compared(measured, "s3fs", payload_bytes)]
-
-
-def _certificate(folder: Path) -> tuple[str, str]:
-    """A certificate for this machine that signs itself, and its key."""
-    certificate, key = str(folder / "certificate.pem"), str(folder / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"]
-    subprocess.run([*command, *names, "-out", certificate, "-keyout", key], check=True, stderr=subprocess.DEVNULL)
-    return certificate, key

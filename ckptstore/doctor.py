@@ -25,7 +25,19 @@ from ckptstore.writer import now_text
 
 __all__ = ["Finding", "examine"]
 
-PACKAGES = ("ckptstore", "torch", "numpy", "blake3", "zstandard", "msgspec", "fsspec", "s3fs", "botocore", "numba")
+PACKAGES = (
+    "ckptstore",
+    "torch",
+    "numpy",
+    "blake3",
+    "zstandard",
+    "msgspec",
+    "fsspec",
+    "s3fs",
+    "botocore",
+    "obstore",
+    "numba",
+)
 RACERS = 8
 SKEW_SECONDS = 5.0
 

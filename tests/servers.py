@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class S3Server:
             "client_kwargs": {"endpoint_url": self.endpoint_url, "region_name": "us-east-1"},
         }
 
+    def storage_options_of_https(self, certificate: str) -> dict[str, Any]:
+        """The same with TLS, trusting this certificate; for obstore SSL_CERT_FILE must name it, too."""
+        client = {"endpoint_url": self.https_url, "region_name": "us-east-1", "verify": certificate}
+        return {**self.storage_options, "client_kwargs": client}
+
     def client(self) -> Any:
         """A plain boto3 client, for what the tests look at behind s3fs's back."""
         import boto3
@@ -81,6 +87,29 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def self_signed(folder: Path) -> tuple[str, str]:
+    """Files with a certificate for this machine, which signs itself, and with its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name.from_rfc4514_string("CN=localhost")
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=2))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    encoding, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    pem = folder / "certificate.pem", folder / "key.pem"
+    pem[0].write_bytes(certificate.public_bytes(encoding))
+    pem[1].write_bytes(key.private_bytes(encoding, private, serialization.NoEncryption()))
+    return str(pem[0]), str(pem[1])
 
 
 @contextlib.contextmanager
@@ -208,7 +237,19 @@ def moto_s3(no_aws_settings: None) -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def seaweed_s3(no_aws_settings: None) -> Iterator[S3Server]:
-    """A running SeaweedFS."""
-    with running_seaweed() as server:
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Of the servers with TLS, and its key."""
+    return self_signed(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="session")
+def seaweed_s3(no_aws_settings: None, certificate: tuple[str, str]) -> Iterator[S3Server]:
+    """A running SeaweedFS, with TLS at its https_url."""
+    with running_seaweed(f"-s3.cert.file={certificate[0]}", f"-s3.key.file={certificate[1]}") as server:
         yield server
+
+
+@pytest.fixture
+def through_s3fs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let s3fs make every request, for tests that look into it."""
+    monkeypatch.setenv("CKPTSTORE_S3", "s3fs")

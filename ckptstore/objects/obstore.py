@@ -2,7 +2,8 @@
 
 obstore (Rust's object_store) moves bytes with half of the processor time and without Python's lock. What decides about
 commits and deletes stays with s3fs: obstore takes any answer without rows for an empty listing, and its create cannot
-tell a key that exists from a conflict that has created nothing. See docs/decisions/0015-obstore.md.
+tell a key that exists from a conflict that has created nothing. So do gets without TLS, whose answers only s3fs checks.
+See docs/decisions/0015-obstore.md.
 """
 
 import os
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ckptstore.objects.obstore_options import attributes, puts_and_gets, tries
+from ckptstore.objects.obstore_options import Stores, attributes, stores_like, tries
 from ckptstore.objects.remote import Connection
 from ckptstore.objects.s3 import S3Objects
 from ckptstore.objects.s3_errors import ELSEWHERE, Refused, RefusedAsAbsent, code_of
@@ -39,41 +40,38 @@ _process_of_obstore: int | None = None
 
 
 class ObstoreObjects(S3Objects):
-    """The objects below `s3://bucket/prefix`: puts and gets through obstore, which needs s3fs beside it."""
+    """The objects below `s3://bucket/prefix`: puts, and gets by https, through obstore, which needs s3fs beside it."""
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         """Remember where; touches nothing."""
         super().__init__(url, storage_options)
-        self._stores: tuple[Any, Any] | None = None
+        self._stores: Stores | None = None
         self._tries = 1
         self._attributes = attributes(self._options)
 
     def _file_system(self) -> tuple[Any, str]:
         fs, root = super()._file_system()
-        self._stores = None if _is_forked() else puts_and_gets(fs, root.partition("/")[0])
+        self._stores = None if _is_forked() else stores_like(fs, root.partition("/")[0])
         self._tries = tries(fs)
         return fs, root
 
     def _pipe(self, key: str, body: bytes | bytearray, **options: Any) -> None:
         connection = self._connected()
-        if self._stores is not None and not options and len(body) <= LARGEST_PUT_BYTES:
-            import obstore
-
-            store, path = self._stores[0], _path_in_bucket(connection, key)
+        stores = self._stores
+        if stores is not None and not options and len(body) <= LARGEST_PUT_BYTES:
+            path = f"{connection.root}/{key}".partition("/")[2]
             try:
-                self._tried(
-                    lambda: obstore.put(store, path, body, use_multipart=False, attributes=self._attributes or None)
-                )
+                self._tried(lambda: _put(stores.puts, path, body, self._attributes))
                 return
             except OSError as error:
                 self._go_elsewhere(error)
         super()._pipe(key, body, **options)
 
     def _content(self, connection: Connection, path: str) -> bytes:
-        if self._stores is not None:
-            store, path_in_bucket = self._stores[1], path.partition("/")[2]
+        stores = self._stores
+        if stores is not None and stores.gets is not None:
             try:
-                return self._tried(lambda: _whole(store, path_in_bucket))
+                return self._tried(lambda: _get(stores.gets, path.partition("/")[2]))
             except OSError as error:
                 self._go_elsewhere(error)
         return super()._content(connection, path)
@@ -109,11 +107,13 @@ def _is_forked() -> bool:
     return _process_of_obstore != os.getpid()
 
 
-def _path_in_bucket(connection: Connection, key: str) -> str:
-    return f"{connection.root}/{key}".partition("/")[2]
+def _put(store: Any, path: str, body: bytes | bytearray, attributes: dict[str, str]) -> None:
+    import obstore
+
+    obstore.put(store, path, body, use_multipart=False, attributes=attributes or None)
 
 
-def _whole(store: Any, path: str) -> bytes:
+def _get(store: Any, path: str) -> bytes:
     import obstore
 
     answer = obstore.get(store, path)

@@ -9,21 +9,21 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fsspec.asyn import sync
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Config
 
-__all__ = ["attributes", "is_installed", "puts_and_gets", "tries", "unmapped"]
+__all__ = ["Stores", "attributes", "is_installed", "stores_like", "tries", "unmapped"]
 
 OLDEST = (0, 12)
 READ_OFF_THE_CLIENT = {
     "": {"anon", "endpoint_url", "key", "username", "secret", "password", "token", "profile", "use_ssl"},
     "client_kwargs": {"endpoint_url", "region_name"},
     "config_kwargs": {"connect_timeout", "read_timeout", "retries", "max_pool_connections", "s3", "signature_version"},
-    "config_kwargs.retries": {"max_attempts", "total_max_attempts"},
+    "config_kwargs.retries": {"max_attempts", "total_max_attempts", "mode"},  # botocore itself writes a mode there
     "config_kwargs.s3": {"addressing_style"},
 }
 HANDED_ON = {
@@ -34,7 +34,7 @@ HANDED_ON = {
 WITHOUT_EFFECT = {
     # Of files and listings: nothing here opens a file, and listings stay with s3fs.
     "": {"default_block_size", "default_fill_cache", "default_cache_type", "use_listings_cache", "max_concurrency"},
-    # obstore looks at no checksum that comes with an answer; our own digests do.
+    # obstore looks at no checksum that comes with an answer, and gets only what TLS protects.
     "config_kwargs": {"response_checksum_validation"},
 }
 NESTED = {"client_kwargs", "config_kwargs", "s3_additional_kwargs", "config_kwargs.retries", "config_kwargs.s3"}
@@ -51,6 +51,9 @@ WHOLE_PUT = 5
 """obstore knows no limit for the pauses in a put, only one for all of it: so many times botocore's for a pause."""
 CREDENTIALS_SECONDS = 600
 """After half of this obstore asks for the credentials again. botocore renews them 10 minutes before they expire."""
+CHECKED_ON_THE_WAY = ("https://",)
+"""obstore compares no checksum that comes with an answer, as s3fs does, so TLS must: an object that was changed or cut
+off on the way would be taken for damaged for good."""
 FOREVER = timedelta(days=365)
 
 
@@ -84,21 +87,30 @@ def _unknown(place: str, options: Mapping[str, Any]) -> Iterator[str]:
             yield path
 
 
-def puts_and_gets(fs: Any, bucket: str) -> tuple[Any, Any] | None:
-    """Two of obstore's stores on a bucket, for puts and for gets, of a connected s3fs; None if only that will do."""
+class Stores(NamedTuple):
+    """obstore's, of one bucket: for puts, and for gets if these can be trusted to it."""
+
+    puts: Any
+    gets: Any | None
+
+
+def stores_like(fs: Any, bucket: str) -> Stores | None:
+    """What asks for the same as a connected s3fs does; None if only that will do."""
     from obstore.store import S3Store
 
     client = fs.s3
     config = client.meta.config
     has_own_ca = fs.session.get_config_variable("ca_bundle") is not None
-    if has_own_ca or config.proxies or not (fs.anon or config.signature_version == "s3v4"):
+    is_adaptive = (config.retries or {}).get("mode") == "adaptive"
+    if has_own_ca or is_adaptive or config.proxies or not (fs.anon or config.signature_version == "s3v4"):
         return None
     if ":" in bucket or bucket.endswith("--x-s3"):
         return None  # access points by their ARN, directory buckets: signed in ways of their own
+    endpoint = _bucket_url(fs, bucket)
     place: dict[str, Any] = {
         "bucket": bucket,
         "config": {
-            "endpoint": _bucket_url(fs, bucket),
+            "endpoint": endpoint,
             "virtual_hosted_style_request": True,  # that is: the endpoint names the bucket
             "region": client.meta.region_name.replace("aws-global", "us-east-1"),
             "skip_signature": bool(fs.anon),
@@ -111,13 +123,14 @@ def puts_and_gets(fs: Any, bucket: str) -> tuple[Any, Any] | None:
     }
     pause = timedelta(seconds=config.read_timeout)
     connection: ClientConfig = {"allow_http": True, "connect_timeout": timedelta(seconds=config.connect_timeout)}
+    of_puts: ClientConfig = {**connection}
     checked: S3Config = {}
     if config.request_checksum_calculation != "when_required":
-        checked = {"checksum_algorithm": "sha256"}
-    return (
-        S3Store(**place, client_options={**connection, "timeout": WHOLE_PUT * pause}, **checked),
-        S3Store(**place, client_options={**connection, "timeout": FOREVER, "read_timeout": pause}),
-    )
+        checked["checksum_algorithm"] = "sha256"
+        of_puts["default_headers"] = {"x-amz-sdk-checksum-algorithm": "SHA256"}  # as the SDKs name it; some servers ask
+    puts = S3Store(**place, client_options={**of_puts, "timeout": WHOLE_PUT * pause}, **checked)
+    gets = S3Store(**place, client_options={**connection, "timeout": FOREVER, "read_timeout": pause})
+    return Stores(puts, gets if endpoint.startswith(CHECKED_ON_THE_WAY) else None)
 
 
 def attributes(options: Mapping[str, Any]) -> dict[str, str]:

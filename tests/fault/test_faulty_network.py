@@ -19,17 +19,21 @@ import torch
 
 import ckptstore
 from ckptstore.errors import UnavailableError
+from ckptstore.objects.obstore import ObstoreObjects
 from ckptstore.objects.open import open_objects
 from ckptstore.objects.s3 import S3Objects
 from tests.fault import proxy as faults
 from tests.fault.proxy import Fault, FaultProxy, HoldBack, Throttle
-from tests.servers import S3Server, moto_s3, no_aws_settings, seaweed_s3
-
-__all__ = ["moto_s3", "no_aws_settings", "seaweed_s3"]
+from tests.servers import S3Server
 
 SCALE = float(os.environ.get("CKPTSTORE_TORTURE_SCALE", "1"))
 """Multiplies the number of random schedules: CKPTSTORE_TORTURE_SCALE=50 python -m pytest tests/fault -k schedule"""
 SCHEDULES = max(1, round(40 * SCALE))
+
+CLIENTS = {"s3fs": S3Objects, "obstore": ObstoreObjects}
+"""They differ in their puts; obstore gets nothing without TLS, which the proxy does not speak."""
+
+with_both_clients = pytest.mark.parametrize("client", CLIENTS)
 
 NO_RETRIES = {"max_attempts": 0}
 """Of botocore; s3fs tries five times on top of it."""
@@ -62,15 +66,15 @@ def bucket_of(server: S3Server) -> str:
 class Place:
     """A store at a prefix of its own, reached through the proxy, and past it to look at what is there."""
 
-    def __init__(self, server: S3Server, proxy: FaultProxy, **config: Any) -> None:
+    def __init__(self, server: S3Server, proxy: FaultProxy, client: str = "s3fs", **config: Any) -> None:
         proxy.heal()
         self.proxy = proxy
         self.url = f"s3://{bucket_of(server)}/{uuid.uuid4().hex}"
         self.objects = open_objects(self.url, server.storage_options)
         self.clean = ckptstore.Store(self.objects)
-        client = {**server.storage_options["client_kwargs"], "endpoint_url": proxy.endpoint_url}
-        options = {**server.storage_options, "client_kwargs": client, "config_kwargs": {"read_timeout": 1, **config}}
-        self.faulty_objects = open_objects(self.url, options)
+        endpoint = {**server.storage_options["client_kwargs"], "endpoint_url": proxy.endpoint_url}
+        options = {**server.storage_options, "client_kwargs": endpoint, "config_kwargs": {"read_timeout": 1, **config}}
+        self.faulty_objects = CLIENTS[client](self.url, options)
         self.run = ckptstore.Store(self.faulty_objects, threads=2).run("run")
 
     def with_step_1(self) -> "Place":
@@ -130,22 +134,28 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def place(moto_s3: S3Server, moto_proxy: FaultProxy, short_waits: None) -> Place:
-    """A store on moto, with a checkpoint of step 1."""
-    return Place(moto_s3, moto_proxy).with_step_1()
+def client() -> str:
+    """Which client of S3 reaches through the proxy."""
+    return "s3fs"
 
 
 @pytest.fixture
-def impatient(moto_s3: S3Server, moto_proxy: FaultProxy, short_waits: None) -> Place:
+def place(moto_s3: S3Server, moto_proxy: FaultProxy, client: str, short_waits: None) -> Place:
+    """A store on moto, with a checkpoint of step 1."""
+    return Place(moto_s3, moto_proxy, client).with_step_1()
+
+
+@pytest.fixture
+def impatient(moto_s3: S3Server, moto_proxy: FaultProxy, client: str, short_waits: None) -> Place:
     """The same, with fewer retries: for faults that take a time-out each."""
-    return Place(moto_s3, moto_proxy, retries=NO_RETRIES).with_step_1()
+    return Place(moto_s3, moto_proxy, client, retries=NO_RETRIES).with_step_1()
 
 
 @pytest.fixture(params=["moto", "seaweed"])
-def any_place(request: pytest.FixtureRequest, short_waits: None) -> Place:
+def any_place(request: pytest.FixtureRequest, client: str, short_waits: None) -> Place:
     """The same on both servers, for what matters most."""
     server: S3Server = request.getfixturevalue(f"{request.param}_s3")
-    return Place(server, request.getfixturevalue(f"{request.param}_proxy")).with_step_1()
+    return Place(server, request.getfixturevalue(f"{request.param}_proxy"), client).with_step_1()
 
 
 CHUNK, SESSION, MANIFEST = ("put", "chunks/"), ("put", "sessions/"), ("create", "runs/")
@@ -169,6 +179,7 @@ def each(name: str, values: list[Any]) -> pytest.MarkDecorator:
 
 @each("fault", [faults.reset_before, faults.reset_after, faults.garbage, faults.slow_down, faults.internal_error])
 @each("which", [*PUTS, *READS, CLOSE])
+@with_both_clients
 def test_a_save_rides_out_what_happens_once(place: Place, which: Which, fault: Fault) -> None:
     rule = place.proxy.play(fault, *which)
     assert place.save().step == 2
@@ -178,6 +189,7 @@ def test_a_save_rides_out_what_happens_once(place: Place, which: Which, fault: F
 
 
 @each("which", PUTS)
+@with_both_clients
 def test_a_save_rides_out_a_put_that_breaks_off_on_its_way(any_place: Place, which: Which) -> None:
     rule = any_place.proxy.play(faults.cut_body, *which)
     assert any_place.save().step == 2
@@ -195,6 +207,7 @@ def test_a_save_rides_out_an_answer_that_breaks_off(place: Place, which: Which) 
 
 
 @each("which", [CHUNK, MANIFEST, READS[1]])
+@with_both_clients
 def test_a_save_rides_out_a_server_that_does_not_answer_once(place: Place, which: Which) -> None:
     rule = place.proxy.play(faults.silence, *which)
     assert place.save().step == 2
@@ -204,6 +217,7 @@ def test_a_save_rides_out_a_server_that_does_not_answer_once(place: Place, which
 
 @each("fault", [faults.duplicate, faults.duplicate_telling_the_second])
 @each("which", [*PUTS, CLOSE])
+@with_both_clients
 def test_a_request_that_is_delivered_twice_does_no_harm(any_place: Place, which: Which, fault: Fault) -> None:
     rule = any_place.proxy.play(fault, *which, times=None)
     assert any_place.save().step == 2
@@ -213,6 +227,7 @@ def test_a_request_that_is_delivered_twice_does_no_harm(any_place: Place, which:
     assert any_place.sessions() == 0
 
 
+@with_both_clients
 def test_a_save_rides_out_several_requests_to_slow_down(place: Place) -> None:
     rule = place.proxy.play(faults.slow_down, times=12)
     assert place.save().step == 2
@@ -228,6 +243,7 @@ def test_a_save_rides_out_several_requests_to_slow_down(place: Place) -> None:
     [faults.reset_before, faults.reset_after, faults.cut_body, faults.garbage, faults.slow_down, faults.internal_error],
 )
 @each("which", [CHUNK, SESSION])
+@with_both_clients
 def test_a_save_that_cannot_put_is_an_error_and_closes_its_session(place: Place, which: Which, fault: Fault) -> None:
     place.proxy.play(fault, *which, times=None)
     with pytest.raises(UnavailableError, match=rf"cannot write s3://.*/{which[1]}"):
@@ -259,6 +275,7 @@ def test_a_save_that_cannot_read_is_an_error(place: Place, which: Which, fault: 
 
 
 @each("which", PUTS)
+@with_both_clients
 def test_a_server_that_never_answers_is_an_error_when_the_client_has_waited(impatient: Place, which: Which) -> None:
     impatient.proxy.play(faults.silence, *which, times=None)
     with pytest.raises(UnavailableError, match=r"[Tt]imeout"):
@@ -274,8 +291,7 @@ def test_a_save_is_there_although_its_session_cannot_be_closed(place: Place) -> 
 
 
 # --- The commit. ---
-
-
+@with_both_clients
 def test_a_commit_whose_answers_are_all_lost_is_known_by_reading(any_place: Place) -> None:
     rule = any_place.proxy.play(faults.reset_after, *MANIFEST, times=None)
     assert any_place.save().step == 2
@@ -348,6 +364,7 @@ def test_a_commit_that_arrives_after_its_step_was_deleted_does_not_bring_it_back
 
 
 @each("which", [CHUNK, SESSION])
+@with_both_clients
 def test_a_put_that_arrives_again_when_the_save_is_over_does_no_harm(any_place: Place, which: Which) -> None:
     late = HoldBack(then=faults.silence)
     any_place.proxy.play(late, *which)
@@ -357,6 +374,7 @@ def test_a_put_that_arrives_again_when_the_save_is_over_does_no_harm(any_place: 
     assert any_place.sessions() == (which == SESSION)  # back from the dead, and without a save: it ends by itself
 
 
+@with_both_clients
 def test_a_chunk_that_arrives_after_it_was_deleted_is_garbage_and_no_damage(place: Place) -> None:
     late = HoldBack(then=faults.Exchange.reset)
     place.proxy.play(late, *CHUNK)
@@ -570,7 +588,7 @@ def schedule(chance: random.Random, proxy: FaultProxy) -> list[HoldBack]:
 @pytest.mark.parametrize("seed", range(SCHEDULES))
 def test_any_schedule_of_faults(moto_s3: S3Server, moto_proxy: FaultProxy, short_waits: None, seed: int) -> None:
     chance = random.Random(seed)
-    place = Place(moto_s3, moto_proxy)
+    place = Place(moto_s3, moto_proxy, client=list(CLIENTS)[seed % 2])
     late = schedule(chance, moto_proxy)
     saved: set[int] = set()
     for step in (1, 2, 3):

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.ranks import Ranks
-from tests.servers import moto_s3, no_aws_settings, seaweed_s3
+from tests.servers import certificate, moto_s3, no_aws_settings, seaweed_s3, through_s3fs
 
-__all__ = ["moto_s3", "no_aws_settings", "ranks", "seaweed_s3"]
+__all__ = ["certificate", "moto_s3", "no_aws_settings", "ranks", "seaweed_s3", "through_s3fs"]
 
 
 @pytest.fixture(scope="session")

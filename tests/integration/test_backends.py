@@ -58,11 +58,16 @@ class TestSeaweed(BackendSuite):
 
 
 class TestSeaweedThroughObstore(BackendSuite):
-    """The same through obstore and s3fs."""
+    """The same through obstore and s3fs, with TLS, without which obstore gets nothing."""
 
     @pytest.fixture
-    def objects(self, seaweed_s3: S3Server) -> Objects:
-        return ObstoreObjects(f"s3://{seaweed_s3.new_bucket()}", seaweed_s3.storage_options)
+    def objects(self, seaweed_s3: S3Server, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Objects:
+        monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+        options = seaweed_s3.storage_options_of_https(certificate[0])
+        objects = ObstoreObjects(f"s3://{seaweed_s3.new_bucket()}", options)
+        objects.connect()
+        assert objects._stores is not None and objects._stores.gets is not None
+        return objects
 
 
 class FoldersInMemory(MemoryFileSystem):  # type: ignore[misc]

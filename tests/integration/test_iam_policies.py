@@ -27,6 +27,8 @@ from ckptstore.objects.s3 import S3Objects
 from ckptstore.writer import this_writer
 from tests.servers import S3Server, running_moto
 
+pytestmark = pytest.mark.usefixtures("through_s3fs")  # they look at the requests that botocore makes
+
 DOCUMENT = (Path(__file__).parents[2] / "docs/how-to/least-rights-on-s3.md").read_text(encoding="utf-8")
 POLICIES: dict[str, str] = dict(re.findall(r"^## ([^\n]+)\n.*?^```json\n(.*?)^```", DOCUMENT, re.M | re.S))
 PREFIX = "ckpts"

@@ -154,7 +154,7 @@ def test_on_seaweedfs(folder: Path, seaweed_s3: S3Server) -> None:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def counted(monkeypatch: pytest.MonkeyPatch, through_s3fs: None) -> Iterator[list[str]]:
     """Every request that s3fs makes, by the name of S3's operation."""
     import s3fs
 

@@ -12,9 +12,10 @@ import pytest
 
 from ckptstore.errors import UnavailableError
 from ckptstore.objects import obstore as module
+from ckptstore.objects import obstore_options
 from ckptstore.objects.obstore import ObstoreObjects
 from ckptstore.objects.s3 import S3Objects
-from tests.fault.proxy import FaultProxy, Request, error_page, refusal
+from tests.fault.proxy import FaultProxy, Request, error_page, refusal, shorten_answer
 from tests.servers import KEY, SECRET, S3Server
 
 KMS_KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
@@ -28,9 +29,11 @@ def proxy(moto_s3: S3Server) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch, proxy: FaultProxy) -> None:
-    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.01)
+def setting(monkeypatch: pytest.MonkeyPatch, proxy: FaultProxy) -> None:
+    """No faults yet, short waits, and gets without TLS, so that the proxy sees them."""
     proxy.heal()
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(obstore_options, "CHECKED_ON_THE_WAY", ("http",))
 
 
 @pytest.fixture
@@ -64,6 +67,23 @@ def test_a_put_and_a_get_are_one_request_each(through: Callable[..., ObstoreObje
     sent(proxy, "put")
 
 
+def test_a_get_without_tls_is_left_to_s3fs_which_checks_it(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    objects = through()
+    objects.put("key", b"some content")
+    proxy.play(shorten_answer, *GET)
+    assert objects.get("key") == b"some content"
+    assert [b"object_store" in each.head for each in proxy.requests] == [True, False, False]
+
+
+def test_a_client_that_adapts_to_throttling_is_left_to_s3fs(through: Callable[..., ObstoreObjects]) -> None:
+    objects = through(config_kwargs={"retries": {"mode": "adaptive"}})
+    objects.put("key", b"x")
+    assert objects._stores is None
+
+
 def test_a_create_is_left_to_s3fs(through: Callable[..., ObstoreObjects], proxy: FaultProxy) -> None:
     assert through().create("key", b"x") is True
     [request] = proxy.requests
@@ -75,7 +95,9 @@ def test_puts_carry_a_checksum_unless_that_is_turned_off(
     through: Callable[..., ObstoreObjects], proxy: FaultProxy
 ) -> None:
     through().put("key", b"x")
-    assert "x-amz-checksum-sha256" in sent(proxy, "put")[1]
+    _, headers = sent(proxy, "put")
+    assert "x-amz-checksum-sha256" in headers
+    assert "x-amz-sdk-checksum-algorithm" in headers["authorization"]  # it is signed, as S3 wants all such headers
     proxy.heal()
     through(config_kwargs={"request_checksum_calculation": "when_required"}).put("key", b"x")
     assert not [name for name in sent(proxy, "put")[1] if "checksum" in name]
@@ -165,7 +187,8 @@ def test_a_refusal_tells_what_s3_said_and_names_the_permission(
 
 def test_a_missing_bucket_is_no_missing_key(moto_s3: S3Server) -> None:
     objects = ObstoreObjects("s3://no-such-bucket/prefix", moto_s3.storage_options)
-    for act in (lambda: objects.get("key"), lambda: objects.put("key", b"x")):
+    acts: list[Callable[[], object]] = [lambda: objects.get("key"), lambda: objects.put("key", b"x")]
+    for act in acts:
         with pytest.raises(UnavailableError, match=r"The bucket 'no-such-bucket' does not exist"):
             act()
 
@@ -203,7 +226,8 @@ def test_a_busy_server_is_asked_as_often_as_through_s3fs(
 def test_wrong_credentials_are_told_and_not_shown(seaweed_s3: S3Server, option: str) -> None:
     options = {**seaweed_s3.storage_options, option: "not-this-one"}
     objects = ObstoreObjects(f"s3://{seaweed_s3.new_bucket()}", options)
-    for act in (lambda: objects.get("key"), lambda: objects.put("key", b"x")):
+    acts: list[Callable[[], object]] = [lambda: objects.get("key"), lambda: objects.put("key", b"x")]
+    for act in acts:
         with pytest.raises(UnavailableError, match="credentials are wrong") as caught:
             act()
         assert SECRET not in str(caught.value)
@@ -264,8 +288,8 @@ def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(
     child = os.fork()
     if child == 0:
         signal.alarm(60)  # which ends it, should it wait
-        works = objects.get("key") == b"x" and ObstoreObjects(objects.url, objects._options).get("key") == b"x"
-        os._exit(0 if works else 1)
+        others = ObstoreObjects(objects.url, objects._options)
+        os._exit(0 if objects.get("key") == others.get("key") == b"x" else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert objects.get("key") == b"x"
     assert [b"object_store" in each.head for each in proxy.requests] == [True, False, False, True]

@@ -11,6 +11,8 @@ import ckptstore
 from ckptstore.objects.s3 import S3Objects
 from tests.servers import KEY, SECRET, S3Server
 
+pytestmark = pytest.mark.usefixtures("through_s3fs")  # they look at the requests that botocore makes
+
 KMS_KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 
 

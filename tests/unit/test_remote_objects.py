@@ -18,9 +18,11 @@ from ckptstore.objects.memory import MemoryObjects
 from ckptstore.objects.open import open_objects, self_test
 from ckptstore.objects.remote import FsspecObjects
 from ckptstore.objects.s3 import S3Objects
-from tests.servers import SECRET, S3Server, moto_s3, no_aws_settings, seaweed_s3
+from tests.servers import SECRET, S3Server, certificate, moto_s3, no_aws_settings, seaweed_s3, through_s3fs
 
-__all__ = ["moto_s3", "no_aws_settings", "seaweed_s3"]
+__all__ = ["certificate", "moto_s3", "no_aws_settings", "seaweed_s3", "through_s3fs"]
+
+pytestmark = pytest.mark.usefixtures("through_s3fs")
 
 FAST = {"connect_timeout": 1, "read_timeout": 1, "retries": {"max_attempts": 0}}
 
