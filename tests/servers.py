@@ -56,10 +56,10 @@ class S3Server:
             "client_kwargs": {"endpoint_url": self.endpoint_url, "region_name": "us-east-1"},
         }
 
-    def storage_options_of_https(self, certificate: str) -> dict[str, Any]:
-        """The same with TLS, trusting this certificate; for obstore SSL_CERT_FILE must name it, too."""
-        client = {"endpoint_url": self.https_url, "region_name": "us-east-1", "verify": certificate}
-        return {**self.storage_options, "client_kwargs": client}
+    @property
+    def storage_options_of_https(self) -> dict[str, Any]:
+        """The same with TLS; AWS_CA_BUNDLE and SSL_CERT_FILE must name the certificate."""
+        return {**self.storage_options, "client_kwargs": {"endpoint_url": self.https_url, "region_name": "us-east-1"}}
 
     def client(self) -> Any:
         """A plain boto3 client, for what the tests look at behind s3fs's back."""

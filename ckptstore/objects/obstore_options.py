@@ -98,15 +98,12 @@ def stores_like(fs: Any, bucket: str) -> Stores | None:
     """What asks for the same as a connected s3fs does; None if only that will do."""
     from obstore.store import S3Store
 
-    client = fs.s3
-    config = client.meta.config
-    has_own_ca = fs.session.get_config_variable("ca_bundle") is not None
-    is_adaptive = (config.retries or {}).get("mode") == "adaptive"
-    if has_own_ca or is_adaptive or config.proxies or not (fs.anon or config.signature_version == "s3v4"):
-        return None
     if ":" in bucket or bucket.endswith("--x-s3"):
         return None  # access points by their ARN, directory buckets: signed in ways of their own
-    endpoint = _bucket_url(fs, bucket)
+    client, endpoint = fs.s3, _bucket_url(fs, bucket)
+    config = client.meta.config
+    if not _can_follow(fs, endpoint):
+        return None
     place: dict[str, Any] = {
         "bucket": bucket,
         "config": {
@@ -148,6 +145,20 @@ def _bucket_url(fs: Any, bucket: str) -> str:
     """Where botocore would send a request, whatever it was that told it so."""
     signed: str = fs.url(f"{bucket}/key")
     return signed.partition("?")[0].removesuffix("/key")
+
+
+def _can_follow(fs: Any, endpoint: str) -> bool:
+    """Whether obstore can do what the client was told by ~/.aws/config and the environment, too."""
+    config = fs.s3.meta.config
+    is_adaptive = (config.retries or {}).get("mode") == "adaptive"
+    is_signed_otherwise = not fs.anon and config.signature_version != "s3v4"
+    return not (is_adaptive or is_signed_otherwise or config.proxies or _trusts_others(fs, endpoint))
+
+
+def _trusts_others(fs: Any, endpoint: str) -> bool:
+    """Whether s3fs is to trust other authorities than obstore does, which looks for them where OpenSSL does."""
+    authorities = fs.session.get_config_variable("ca_bundle")
+    return endpoint.startswith("https://") and authorities not in (None, os.environ.get("SSL_CERT_FILE"))
 
 
 def _encryption(wishes: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,8 +63,8 @@ class TestSeaweedThroughObstore(BackendSuite):
     @pytest.fixture
     def objects(self, seaweed_s3: S3Server, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Objects:
         monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
-        options = seaweed_s3.storage_options_of_https(certificate[0])
-        objects = ObstoreObjects(f"s3://{seaweed_s3.new_bucket()}", options)
+        monkeypatch.setenv("AWS_CA_BUNDLE", certificate[0])
+        objects = ObstoreObjects(f"s3://{seaweed_s3.new_bucket()}", seaweed_s3.storage_options_of_https)
         objects.connect()
         assert objects._stores is not None and objects._stores.gets is not None
         return objects

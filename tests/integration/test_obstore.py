@@ -78,6 +78,13 @@ def test_a_get_without_tls_is_left_to_s3fs_which_checks_it(
     assert [b"object_store" in each.head for each in proxy.requests] == [True, False, False]
 
 
+@pytest.mark.parametrize("bucket", ["arn:aws:s3:eu-west-1:123456789012:accesspoint/team", "team--euw1-az1--x-s3"])
+def test_buckets_that_are_signed_in_ways_of_their_own_are_left_to_s3fs(moto_s3: S3Server, bucket: str) -> None:
+    objects = ObstoreObjects(f"s3://{bucket}/ckpts", moto_s3.storage_options)
+    objects.connect()
+    assert objects._stores is None
+
+
 def test_a_client_that_adapts_to_throttling_is_left_to_s3fs(through: Callable[..., ObstoreObjects]) -> None:
     objects = through(config_kwargs={"retries": {"mode": "adaptive"}})
     objects.put("key", b"x")
@@ -152,14 +159,18 @@ def test_profiles_and_assumed_roles_sign_as_the_aws_tools_do(
     assert ("x-amz-security-token" in headers) == (profile == "role")
 
 
-def test_a_certificate_authority_of_ones_own_is_left_to_s3fs(
-    through: Callable[..., ObstoreObjects], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_certificate_authority_of_ones_own_is_left_to_s3fs_unless_obstore_trusts_it_too(
+    seaweed_s3: S3Server, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
-    objects = through(client_kwargs={"endpoint_url": proxy.endpoint_url, "region_name": "us-east-1", "verify": False})
-    objects.put("key", b"x")
-    assert objects._stores is None
-    assert b"object_store" not in proxy.requests[0].head
+    bucket, options = seaweed_s3.new_bucket(), seaweed_s3.storage_options_of_https
+    monkeypatch.setenv("AWS_CA_BUNDLE", certificate[0])
+    alone = ObstoreObjects(f"s3://{bucket}", options)
+    alone.put("key", b"x")
+    assert alone._stores is None
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    beside = ObstoreObjects(f"s3://{bucket}", options)
+    assert beside.get("key") == b"x"
+    assert beside._stores is not None and beside._stores.gets is not None
 
 
 @pytest.mark.parametrize("act", [PUT, GET], ids=["put", "get"])
