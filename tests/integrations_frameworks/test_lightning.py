@@ -313,7 +313,7 @@ class Gate(RecordingObjects):
         self.is_broken = False
 
     def create(self, key: str, content: Bytes) -> bool:
-        self.is_open.wait()
+        self.is_open.wait(timeout=20)
         if self.is_broken:
             raise ckptstore.UnavailableError("a failure that a test asked for")
         return super().create(key, content)
