@@ -132,6 +132,16 @@ def test_the_best_checkpoint_is_written_back_too(run: ckptstore.Run, callback: C
     assert best == 2
 
 
+def test_a_training_that_goes_back_to_an_older_step_replaces_those_after_it(run: ckptstore.Run) -> None:
+    train(CkptstoreCallback(run))
+    before = run.checkpoint(6).digest
+    again = CkptstoreCallback(run)
+    folder = again.restore("out", step=2)
+    trainer(again, learning_rate=0.1).train(resume_from_checkpoint=folder)
+    assert run.steps() == [2, 4, 6]
+    assert run.checkpoint(6).digest != before
+
+
 def test_a_run_of_something_else_is_no_training_to_go_on_with(run: ckptstore.Run, callback: CkptstoreCallback) -> None:
     run.save({"model": torch.zeros(1)}, step=1)
     with pytest.raises(ckptstore.InvalidInputError, match=r"trainer_state\.json"):
