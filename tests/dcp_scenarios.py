@@ -187,6 +187,15 @@ def load_all(rank: int, store: Place, step: int, *shape: int) -> None:
     assert_holds(state, {"sharded": tensors(), "replicated": tensors(), **expected})
 
 
+def save_small(rank: int, store: Place, step: int, count: int) -> None:
+    """Small tensors alone, some of them sharded."""
+    mesh = mesh_of(count)
+    if rank < count:
+        state = {name: numbers(7, 5, seed=number) for number, name in enumerate("abc")}
+        state["b"] = distribute_tensor(state["b"], mesh, [Shard(1)])
+        save(state, storage_writer=writer(store, step), process_group=mesh.get_group())
+
+
 def model_and_optimizer(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(129, 257), torch.nn.ReLU(), torch.nn.Linear(257, 11))

@@ -90,19 +90,36 @@ def test_saving_the_same_again_uploads_nothing(ranks: Ranks, tmp_path: Path) -> 
     assert ranks.run(scenarios.save_all, str(tmp_path), 2, 4)[0] == (raw, 0)  # the step itself again: what is there
 
 
-def test_what_is_small_and_what_is_cut_alike_is_stored_once_for_any_number_of_ranks(
-    ranks: Ranks, tmp_path: Path
-) -> None:
-    """With chunks shorter than shards, those inside of them are the same for two ranks and for four."""
+def test_what_is_cut_alike_is_stored_once_for_any_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    """With chunks shorter than shards, those inside of them are the same for two ranks, for four, and for one."""
     store = scenarios.small_chunks(tmp_path)
-    ranks.run(scenarios.save_all, store, 1, 4)
-    counts = {step: count for step, count in ((2, 2), (3, 1)) if ranks.run(scenarios.save_all, store, step, count)}
+    for step, count in ((4, 4), (2, 2), (1, 1)):
+        ranks.run(scenarios.save_all, store, step, count)
     run = ckptstore.Store(tmp_path).run(RUN)
-    for step in counts:
-        checkpoint = run.checkpoint(step)
-        assert checkpoint.new_bytes < 0.5 * checkpoint.stored_bytes
+
+    def chunks_of(step: int, name: str) -> set[str]:
+        manifest = run.checkpoint(step)._manifest
+        segment = manifest.segments[manifest.tree["sharded"][name]["segment"]]
+        return {manifest.chunks[index].digest for index in segment.chunks}
+
+    for name in ("rows", "halves", "bytes"):
+        for step in (2, 4):
+            whole, cut = chunks_of(1, name), chunks_of(step, name)
+            assert len(whole - cut) <= step - 1, name  # those that a border of shards goes through
     plain = run.save({"sharded": scenarios.tensors(), "replicated": scenarios.tensors(), **scenarios.values()}, step=9)
     assert plain.new_bytes < 0.01 * plain.stored_bytes
+
+
+def test_what_is_small_is_bundled_alike_for_any_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(scenarios.save_small, str(tmp_path), 1, 4)
+    ranks.run(scenarios.save_small, str(tmp_path), 2, 2)
+    run = ckptstore.Store(tmp_path).run(RUN)
+    assert run.checkpoint(2).new_bytes == 0
+    assert len(run.checkpoint()._manifest.chunks) == 1
+    assert (
+        run.save({name: scenarios.numbers(7, 5, seed=number) for number, name in enumerate("abc")}, step=3).new_bytes
+        == 0
+    )
 
 
 def test_each_rank_reads_only_chunks_that_hold_a_part_of_its_shards(ranks: Ranks, tmp_path: Path) -> None:
