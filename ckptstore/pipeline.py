@@ -157,16 +157,15 @@ class _Pipeline(Generic[T]):
 
     def _worker(self, index: int) -> None:
         stage = self._stages[index]
-        while (taken := self._take(index)) is not None:
-            number, value = taken
-            try:
+        try:
+            while (taken := self._take(index)) is not None:
+                number, value = taken
                 result = stage.work(value)
                 self._pass_on(index, number, result)
-            except BaseException as error:  # handed over to the caller of `run`
-                self._fail(error)
-                return
-            # Not to keep an item alive while waiting for the next.
-            del taken, value, result
+                # Not to keep an item alive while waiting for the next.
+                del taken, value, result
+        except BaseException as error:  # handed over to the caller of `run`
+            self._fail(error)
 
     def _take(self, index: int) -> tuple[int, Any] | None:
         with self._changed:

@@ -117,3 +117,11 @@ def test_work_beside_leaves_the_priority_of_its_caller_as_it_is() -> None:
     before = priority()
     assert pipeline.beside(priority) > before or before >= 19
     assert priority() == before
+
+
+def test_a_weight_that_cannot_be_told_is_a_failure_like_any_other_and_nobody_waits_for_ever() -> None:
+    def weigh(item: int) -> int:
+        raise KeyError(item)
+
+    with pytest.raises(KeyError):
+        staged(range(3), [Stage(str, 2), Stage(len, 2)], weigh=weigh)
