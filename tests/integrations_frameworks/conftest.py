@@ -2,6 +2,7 @@
 
 import importlib.util
 
-NEEDS = {"accelerate": "accelerate", "azure": "adlfs", "lightning": "lightning", "transformers": "transformers"}
+NEEDS = {name: name for name in ("accelerate", "keras", "lightning", "ml_dtypes", "tensorflow", "transformers")}
+NEEDS["azure"] = "adlfs"
 
 collect_ignore = [f"test_{name}.py" for name, package in NEEDS.items() if importlib.util.find_spec(package) is None]
