@@ -63,9 +63,9 @@ $(INTEGRATIONS_VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 # Whatever else tests/docs has, its pages on these libraries run here alone.
-test-integrations: $(INTEGRATIONS_VENV)/.installed  ## run the tests with Lightning, Transformers, Accelerate and Azurite
+test-integrations: $(INTEGRATIONS_VENV)/.installed  ## run the tests with Lightning, Transformers, Accelerate, Keras, TensorFlow, Azurite
 	@$(INTEGRATIONS_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/integrations_frameworks \
-		tests/docs/test_documents.py -k 'integrations_frameworks or lightning or transformers or accelerate' $(PYTEST_ARGS)
+		tests/docs/test_documents.py -k 'integrations_frameworks or lightning or transformers or accelerate or keras' $(PYTEST_ARGS)
 
 check: venv  ## formatting, lint, types, imports between modules, code in the documents
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }

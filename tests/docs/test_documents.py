@@ -28,6 +28,7 @@ PROGRAMS = {
 }
 
 NEEDS = {f"save-from-{library}.md": library for library in ("accelerate", "lightning", "transformers")}
+NEEDS["keras-and-tensorflow.md"] = "tensorflow"
 """Pages whose code needs a library that .venv does not have; `make test-integrations` runs it."""
 CAN_RUN = [
     pytest.param(path, marks=[pytest.mark.filterwarnings("default")] if path.name in NEEDS else [])
