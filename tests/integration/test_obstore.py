@@ -15,7 +15,7 @@ from ckptstore.objects import obstore as module
 from ckptstore.objects import obstore_options
 from ckptstore.objects.obstore import ObstoreObjects
 from ckptstore.objects.s3 import S3Objects
-from tests.fault.proxy import FaultProxy, Request, error_page, refusal, shorten_answer
+from tests.fault.proxy import Fault, FaultProxy, Request, error_page, refusal, shorten_answer
 from tests.servers import KEY, SECRET, S3Server
 
 KMS_KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
@@ -223,12 +223,15 @@ def test_a_page_in_place_of_an_object_is_asked_for_again(
     assert objects.get("key") == b"x"
 
 
+@pytest.mark.parametrize("fault", [refusal(503, "SlowDown"), error_page(502)], ids=["S3", "a page"])
 def test_a_busy_server_is_asked_as_often_as_through_s3fs(
-    through: Callable[..., ObstoreObjects], proxy: FaultProxy
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy, fault: Fault
 ) -> None:
     objects = through(config_kwargs={"retries": {"max_attempts": 1}})
-    proxy.play(refusal(503, "SlowDown"), times=None)
-    with pytest.raises(UnavailableError, match=r"cannot write s3://\S+/key: SlowDown"):
+    proxy.play(fault, times=None)
+    with pytest.raises(
+        UnavailableError, match=r"cannot write s3://\S+/key: (SlowDown|the server answered 502)\. Check"
+    ):
         objects.put("key", b"x")
     assert proxy.count(*PUT) == 10
 
