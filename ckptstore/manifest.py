@@ -537,7 +537,7 @@ def _check_segments(manifest: Manifest) -> None:
 def _blocks_fit(segment: Segment, lengths: list[int]) -> bool:
     """Whether the blocks of a segment make up its array, and their chunks hold exactly their bytes."""
     shape, blocks = segment.shape, segment.blocks
-    if shape is None or blocks is None or segment.offset is not None:
+    if not shape or blocks is None or segment.offset is not None:
         return False
     items = math.prod(shape)
     if not items or not segment.bytes or segment.bytes % items:

@@ -117,7 +117,7 @@ def restore(
             if error is not None or placement is None:
                 raise error or AssertionError("unreachable")
             target.is_touched = True
-            placement.put_in_place(strict=strict)
+            _put_in_place(placement, peers, strict=strict)
             return Restored(found, placement.matched.missing, placement.matched.unexpected)
         if damage:
             raise retold(
@@ -153,6 +153,19 @@ def _filled(
     except CheckpointError as error:
         return error
     return None
+
+
+def _put_in_place(placement: Placement, peers: Peers, *, strict: bool) -> None:
+    """Hand everything over; if that fails in one of the peers, it fails in all."""
+    try:
+        placement.put_in_place(strict=strict)
+    except Exception as error:  # of a load_state_dict, which is the user's: the peers are told before it goes on
+        peers.agree(
+            error if isinstance(error, CheckpointError) else InvalidInputError(f"{type(error).__name__}: {error}")
+        )
+        raise
+    if (of_another := peers.agree(None)) is not None:
+        raise of_another
 
 
 def _rewritten_for_all(objects: Objects, manifest: Manifest, error: CorruptError, peers: Peers) -> Manifest | None:

@@ -310,11 +310,19 @@ class Tree:
         """Let `node` stand at `path`, whose parts are keys of dicts (str) and indices of lists (int)."""
         here = self._root
         for key, below in itertools.pairwise(path):
+            if here.get(key) in ([], {}):
+                del here[key]  # what is empty in one process may hold something in another
             branch = here.setdefault(key, _Branch(is_list=isinstance(below, int)))
             if not isinstance(branch, _Branch):
                 raise InvalidInputError(f"{'.'.join(map(str, path))} stands below {key}, which is a value. Rename one.")
             here = branch.members
-        here[path[-1]] = node
+        if path[-1] not in here:
+            here[path[-1]] = node
+        elif not (isinstance(here[path[-1]], _Branch) and node in ([], {})):
+            raise InvalidInputError(
+                f"{'.'.join(map(str, path))} is a value in one process, and something else, or holds something, in "
+                "another. Rename one."
+            )
 
     def skeleton(self) -> Any:
         """All of it."""

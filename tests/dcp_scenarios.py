@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -482,3 +483,12 @@ def only_tensors(state: State) -> State:
 def save_to_places_of_their_own(rank: int, store: str, step: int) -> None:
     """As if a path lay on a disk of each rank's own machine."""
     save({"rows": sharded(mesh_of(4))["rows"]}, storage_writer=writer(f"{store}/{rank}", step))
+
+
+def save_without_the_others(rank: int, store: str) -> str:
+    """What each rank is told that saves by itself."""
+    try:
+        save({"x": torch.full((3,), float(rank))}, storage_writer=writer(store, 1), no_dist=True)
+    except CheckpointException as error:
+        return str(error.failures[0][0])
+    return "saved"

@@ -35,12 +35,17 @@ class Keys:
         self.paths: dict[str, KeyPath] = {}
         """By key of a leaf: how to come to it."""
         self._lengths = manifest.segment_bytes
+        shared: set[str] = set()
         for path, node, is_leaf in _walk(manifest.tree):
             key = ".".join(map(str, path))
             if not is_leaf:
                 self.containers.setdefault(key, node)
             elif key not in self.leaves:
                 self.leaves[key], self.paths[key] = node, path
+            else:
+                shared.add(key)
+        for key in shared:  # DCP could not tell which is meant: to it, neither is there
+            del self.leaves[key], self.paths[key]
 
     def node(self, key: str) -> Any:
         """The node under a key."""

@@ -19,6 +19,7 @@ from ckptstore.assembly import Assembly
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.condemning import condemn_corrupt, marked_corrupt
 from ckptstore.errors import CheckpointError, CheckpointWarning, CorruptError, InvalidInputError, retold
+from ckptstore.format import MAX_BLOCK_DIMENSIONS
 from ckptstore.integrations._dcp_keys import Keys
 from ckptstore.integrations._dcp_place import Place, is_checkpoint_id
 from ckptstore.manifest import Manifest
@@ -200,7 +201,10 @@ class _Batch:
             memory = target if _is_direct(target, node) else torch.empty(item.lengths, dtype=TORCH_DTYPES[node.dtype])
             self._ready.append(memory)
             box: boxes.Box = tuple(item.storage_offsets), tuple(item.lengths)
-            if memory.numel() and not assembly.want_box(node, box, memory.unsqueeze(-1).view(torch.uint8).numpy()):
+            if memory.numel() and not (
+                memory.dim() < MAX_BLOCK_DIMENSIONS
+                and assembly.want_box(node, box, memory.unsqueeze(-1).view(torch.uint8).numpy())
+            ):
                 assembly.want(node)
                 wholes.append((number, node))
         assembly.fill(objects, threads)

@@ -17,15 +17,15 @@ from torch.futures import Future
 
 from ckptstore import protocol, saving, tagging
 from ckptstore.checkpoint import Checkpoint
-from ckptstore.errors import CheckpointError, InvalidInputError, retold
+from ckptstore.errors import CheckpointError, CorruptError, InvalidInputError, retold
 from ckptstore.format import Codec, check_tag, new_joint_save_id, part_id
 from ckptstore.integrations._dcp_place import Place, is_checkpoint_id
-from ckptstore.manifest import Manifest, Marker, content_digest
+from ckptstore.manifest import Manifest, Marker, content_digest, decode_manifest, encode
 from ckptstore.performing import Performer
 from ckptstore.pipeline import Progress, beside
 from ckptstore.shards import MAX_CARRIED_BYTES, Part, Shard, Terms, Tree, Value, Whole
 from ckptstore.store import Store
-from ckptstore.tree import TORCH_DTYPES
+from ckptstore.tree import TORCH_DTYPES, unflatten
 from ckptstore.writer import now_text, this_writer
 
 
@@ -180,6 +180,12 @@ class CkptstoreWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Coordinator: open the session, and tell every rank of it."""
+        if len(plans) == 1 and _is_another_rank():
+            raise InvalidInputError(
+                f"rank {torch.distributed.get_rank()} saves by itself (no_dist=True, or a process group of its own), "
+                "and others would save other states as the same step. Save with all ranks together, or in rank 0 "
+                "alone, or with Run.save, each to a run of its own."
+            )
         objects = self._place.objects
         marker = saving.ensure_store(objects)
         request = protocol.JointRequest(
@@ -243,13 +249,20 @@ class CkptstoreWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Coordinator: commit what all ranks have stored."""
-        session = self._session
+        # Taken out first: another save with this writer must not close the session while this one commits.
+        session, self._session = self._session, None
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            self._finalizer = None
         if session is None:
-            raise InvalidInputError("there is no save to finish: dcp.save and dcp.async_save call this.")
+            raise InvalidInputError(
+                "there is no save to finish: dcp.save and dcp.async_save call this. Or the writer was used for the "
+                "next save before this one had ended: wait for its future, or take another writer."
+            )
         try:
             manifest = self._conclude(session, metadata, results)
         finally:
-            self._abandon()
+            session.performer.abandon()
         self._checkpoint = Checkpoint(manifest)
         metadata.storage_meta = self.storage_meta()
         for tag in self._tags:
@@ -299,7 +312,7 @@ class CkptstoreWriter(StorageWriter):
             replace=self._replace,
         )
         session.performer.hand_over(rest)
-        return session.performer.perform(protocol.conclude(request, held))
+        return session.performer.perform(protocol.conclude(request, held, _require_readable))
 
     @property
     def _codec(self) -> Codec:
@@ -362,3 +375,21 @@ def _paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
         mapping = {}
     known = {key: path for key, path in mapping.items() if key in keys and isinstance(path, tuple) and path}
     return known | {key: (key,) for key in keys if key not in known}
+
+
+def _is_another_rank() -> bool:
+    """Whether this is one of many ranks, and not the first."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_rank() != 0
+
+
+def _require_readable(manifest: Manifest) -> None:
+    """Raise rather than commit what no reader would take: the ranks' parts were checked one by one only."""
+    try:
+        decode_manifest(encode(manifest), manifest.key)
+        unflatten(manifest.tree, lambda node, _: node, manifest.segment_bytes, describe=True)
+    except CorruptError as error:
+        raise InvalidInputError(
+            f"step {manifest.step} of run {manifest.run!r} cannot be saved as it is: {error}. Nothing was committed. "
+            "Nest the state less deeply, or shard tensors of fewer dimensions."
+        ) from error

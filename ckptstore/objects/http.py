@@ -6,10 +6,12 @@ them; sizes and times a HEAD of each file. Where a server shows no such pages, n
 
 import asyncio
 import builtins
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from html.parser import HTMLParser
 from typing import Any, NoReturn
-from urllib.parse import unquote
+from urllib.parse import unquote, urldefrag, urljoin
 
 from ckptstore.errors import UnavailableError
 from ckptstore.format import MARKER_KEY
@@ -19,6 +21,10 @@ from ckptstore.objects.remote import FsspecObjects
 __all__ = ["HttpObjects", "is_http"]
 
 HEADS_AT_A_TIME = 16
+SORTED = re.compile(r"(C=[NMSD];?&?)?(O=[AD])?")
+"""The links by which Apache shows the same page in another order."""
+OF_EMPTY_FOLDERS = ("index of", "directory listing")
+"""What servers write above a page of links, also if there are none."""
 
 
 def is_http(url: str) -> bool:
@@ -66,13 +72,25 @@ class HttpObjects(FsspecObjects):
                 yield key
 
     def _links(self, folder: str) -> builtins.list[str]:
-        """The keys that the page of a folder links to. One that another page links to is there, or it is an error."""
+        """The keys that the page of a folder links to. What is no such page raises, as it must not pass for empty."""
+        from fsspec.asyn import sync
+
         connection = self._connected()
         start = f"{connection.root}/"
-        entries = connection.fs.ls(f"{start}{folder}", detail=False)
-        keys = {unquote(entry.partition("?")[0][len(start) :]) for entry in entries if entry.startswith(start)}
-        names = {key for key in keys if key.startswith(folder) and key != folder}
-        return sorted(key for key in names if "/" not in key[len(folder) :].rstrip("/"))
+        text: str = sync(connection.fs.loop, _page, connection.fs, f"{start}{folder}")
+        page = _Links()
+        page.feed(text)
+        keys = set()
+        for link in page.found:
+            place, _, query = urldefrag(urljoin(f"{start}{folder}", link)).url.partition("?")
+            if query and place == f"{start}{folder}" and not SORTED.fullmatch(query):
+                raise OSError(f"{place} shows what is in it in several pages ({link}), which cannot be read")
+            key = unquote(place.removeprefix(start)) if place.startswith(start) else ""
+            if not query and key.startswith(folder) and "/" not in key[len(folder) :].rstrip("/") and key != folder:
+                keys.add(key)
+        if not keys and not any(word in text.lower() for word in OF_EMPTY_FOLDERS):
+            raise OSError(f"{start}{folder} is a page, and none with the files of a folder")
+        return sorted(keys)
 
     def _rows(self, keys: Sequence[str]) -> builtins.list[ObjectInfo]:
         from fsspec.asyn import sync
@@ -83,8 +101,7 @@ class HttpObjects(FsspecObjects):
     def _file_system(self) -> tuple[Any, str]:
         import fsspec
 
-        # Not whatever looks like a URL in a page: only what it links to.
-        options = {"simple_links": False, **self._options, "use_listings_cache": False}
+        options = {**self._options, "use_listings_cache": False}
         return fsspec.filesystem(self._protocol, **options), self._url
 
     def _refuse(self) -> NoReturn:
@@ -99,6 +116,31 @@ class HttpObjects(FsspecObjects):
 
     def _advice(self, action: str, error: BaseException) -> str:
         return "Check the URL, the network and, for a server that asks for a name, storage_options, then try again."
+
+
+class _Links(HTMLParser):
+    """What a page links to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: builtins.list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: builtins.list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.found += [value for name, value in attrs if name == "href" and value]
+
+
+async def _page(fs: Any, url: str) -> str:
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), **fs.kwargs) as answer:
+        if answer.status == 404:
+            raise FileNotFoundError(url)
+        answer.raise_for_status()
+        if not answer.url.path.endswith("/"):
+            raise OSError(f"{url} leads elsewhere, to {answer.url}: to a page for logging in?")
+        if "html" not in answer.headers.get("Content-Type", ""):
+            raise OSError(f"{url} is no page with the files of a folder")
+        return str(await answer.text(errors="replace"))
 
 
 async def _heads(fs: Any, root: str, keys: Sequence[str]) -> builtins.list[ObjectInfo]:

@@ -5,7 +5,7 @@ its own part of the chunks (`hold_part`, steps 2 to 4), under an id of its own. 
 commits (`conclude`). docs/explanation/protocol.md says why a part is as safe as a save by itself.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from ckptstore.deltas import Held
@@ -61,12 +61,15 @@ def hold_part(part: PartRequest, save: str) -> Generator[Operation, Any, dict[st
     return (yield from hold(part))
 
 
-def conclude(request: SaveRequest, held: dict[str, Held]) -> Generator[Operation, Any, Manifest]:
+def conclude(
+    request: SaveRequest, held: dict[str, Held], check: Callable[[Manifest], None] = lambda _: None
+) -> Generator[Operation, Any, Manifest]:
     """Commit what the processes hold, with the rest of the chunks, which the coordinator has; close the session.
 
     Args:
         request: the whole checkpoint.
         held: by digest, what `hold_part` returned to each process, after the session was opened.
+        check: raises if the manifest must not be committed.
 
     Raises:
         What `save` raises.
@@ -79,6 +82,7 @@ def conclude(request: SaveRequest, held: dict[str, Held]) -> Generator[Operation
                 more = yield from hold(PartRequest(request.save, rest, found.newest))
                 held = {**held, **more}
             manifest = make_manifest(request, found.replaces, held)
+            check(manifest)
     except (Exception, KeyboardInterrupt):
         yield from close_quietly(request.save)
         raise

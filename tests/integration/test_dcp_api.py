@@ -301,6 +301,52 @@ def test_a_tensor_of_any_layout_is_saved(tmp_path: Path) -> None:
         assert found[name].is_contiguous()
 
 
+def test_a_writer_that_is_used_again_too_soon_takes_no_session_from_the_save_that_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CkptstoreWriter(tmp_path, run="a", step=1)
+    conclude = CkptstoreWriter._conclude
+    standing: list[int] = []
+
+    def used_again_meanwhile(self: CkptstoreWriter, *arguments: Any) -> Any:
+        self.reset("2")
+        self.set_up_storage_writer(True)
+        standing.append(len(list((tmp_path / "sessions").iterdir())))
+        return conclude(self, *arguments)
+
+    monkeypatch.setattr(CkptstoreWriter, "_conclude", used_again_meanwhile)
+    save(STATE, storage_writer=writer)
+    assert standing == [1]
+    assert ckptstore.Store(tmp_path).run("a").steps() == [1]
+    assert list((tmp_path / "sessions").iterdir()) == []
+
+
+def test_a_state_that_no_reader_would_take_is_not_committed(tmp_path: Path) -> None:
+    value: Any = torch.ones(3)
+    for _ in range(60):
+        value = (value,)
+    state: Any = {"deep": value}
+    for _ in range(60):
+        state = {"deeper": state}
+    with pytest.raises(CheckpointException) as raised:
+        save(state, storage_writer=CkptstoreWriter(tmp_path, run="a", step=1))
+    assert "cannot be saved as it is" in str(error_of(raised))
+    assert ckptstore.Store(tmp_path).run("a").steps() == []
+    assert list((tmp_path / "sessions").iterdir()) == []
+
+
+def test_of_two_tensors_with_one_key_neither_is_taken_for_the_other(tmp_path: Path) -> None:
+    ckptstore.Store(tmp_path).run("a").save(
+        {"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}, "c": torch.ones(1)}, step=1
+    )
+    reader = CkptstoreReader(tmp_path, run="a")
+    with pytest.raises(CheckpointException):
+        load({"a.b": torch.zeros(2)}, storage_reader=reader)
+    c = torch.zeros(1)
+    load({"c": c}, storage_reader=reader)
+    assert c == 1
+
+
 def test_a_save_in_the_background_of_one_process(tmp_path: Path) -> None:
     future = async_save(STATE, storage_writer=CkptstoreWriter(tmp_path, run="a", step=1))
     future.result()  # type: ignore[union-attr]

@@ -160,3 +160,10 @@ def test_ranks_that_do_not_see_one_store_say_so_and_nothing_is_saved(ranks: Rank
         assert set(told) == {1, 2, 3}
         assert all("does not see the store that the coordinator sees" in str(error) for error in told.values())
     assert ckptstore.Store(tmp_path / "0").run(RUN).steps() == []
+
+
+def test_of_ranks_that_save_each_by_itself_the_first_alone_may(ranks: Ranks, tmp_path: Path) -> None:
+    first, *others = ranks.run(scenarios.save_without_the_others, str(tmp_path))
+    assert first == "saved"
+    assert all("saves by itself (no_dist=True" in told for told in others)
+    assert torch.equal(ckptstore.Store(tmp_path).run(RUN).load(1)["x"], torch.zeros(3))

@@ -120,8 +120,39 @@ def test_a_server_that_shows_no_pages_is_an_error_and_no_first_start(url_without
 
 def test_a_page_of_something_else_is_an_error_and_no_first_start(tmp_path: Path, url: str) -> None:
     (tmp_path / "ckpts" / "index.html").write_text("<a href='news.html'>news</a>")
-    with pytest.raises(ckptstore.UnavailableError, match="shows no page with the files"):
+    with pytest.raises(ckptstore.UnavailableError, match=r"no page with the files|none with the files"):
         ckptstore.Store(f"{url}/ckpts").run(RUN).restore({"x": torch.zeros(30_000)})
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["<form>Log in</form>", "<a href='/login'>Log in</a>", "", "<a href='?page=2'>next</a> <a href='a=b+c,1/'>a</a>"],
+)
+@pytest.mark.parametrize("folder", ["runs", f"runs/{RUN}"])
+def test_a_page_that_is_no_listing_is_an_error_and_no_empty_folder(
+    tmp_path: Path, url: str, folder: str, page: str
+) -> None:
+    (tmp_path / "ckpts" / folder / "index.html").write_text(page)
+    with pytest.raises(ckptstore.UnavailableError, match=r"none with the files of a folder|in several pages"):
+        ckptstore.Store(f"{url}/ckpts").run(RUN).restore({"x": torch.zeros(30_000)})
+
+
+class Redirecting(Quiet):
+    """Sends who asks for a folder of runs somewhere else."""
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/runs/"):
+            self.send_response(302)
+            self.send_header("Location", "/ckpts/ckptstore.json")
+            self.end_headers()
+        else:
+            super().do_GET()
+
+
+def test_a_folder_that_leads_elsewhere_is_an_error(tmp_path: Path, store: ckptstore.Store) -> None:
+    for url in serving(tmp_path, Redirecting):
+        with pytest.raises(ckptstore.UnavailableError, match="leads elsewhere"):
+            ckptstore.Store(f"{url}/ckpts").run(RUN).restore({"x": torch.zeros(30_000)})
 
 
 def test_a_place_where_nothing_is_is_an_error_and_no_first_start(url: str) -> None:

@@ -197,6 +197,37 @@ def restored_where_one_is_cut_off(rank: int, folder: str) -> dict[str, Any]:
         return restored(rank, folder)
 
 
+def test_what_a_load_state_dict_refuses_in_one_of_them_is_an_error_in_all(group: Ranks, tmp_path: Path) -> None:
+    ckptstore.Store(tmp_path).run("run").save({"counter": Counter()}, step=1)
+    found = group.run(restored_where_one_refuses, str(tmp_path))
+    assert [each[0] for each in found] == ["InvalidInputError"] * SIZE
+    assert all("not here" in each[1] for each in found)
+    assert found[0][1].startswith("process 1: ")
+
+
+class Counter:
+    """Something with a state."""
+
+    refuses = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.refuses:
+            raise ValueError("not here")
+
+
+def restored_where_one_refuses(rank: int, folder: str) -> list[str]:
+    counter = Counter()
+    counter.refuses = rank == 1
+    try:
+        ckptstore.Store(folder).run("run").restore({"counter": counter}, group=dist.group.WORLD)
+    except CheckpointError as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
+
+
 def test_one_process_in_a_group_of_its_own_restores_as_it_does_without_one(group: Ranks, tmp_path: Path) -> None:
     saved(tmp_path)
     found = group.run(restored_by_each, str(tmp_path))

@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ckptstore.objects.base import Bytes, ObjectInfo, Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.performing import Performer
 from ckptstore.protocol.saves import close_quietly
+from ckptstore.shards import Tree
 from ckptstore.testing import RecordingObjects
 from ckptstore.writer import now_text, this_writer
 from tests import joint
@@ -224,3 +226,21 @@ def test_what_is_small_and_does_not_all_travel_comes_together_even_so(place: Obj
     [segment] = saved.segments
     assert {saved.chunks[index].save for index in segment.chunks} == {saved.save, part_id(saved.save, 1)}
     assert torch.equal(ckptstore.Store(place).run("run").load()["a"], whole)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_empty_in_one_process_gives_way_to_what_it_holds_in_another(order: int) -> None:
+    leaves: list[tuple[tuple[str | int, ...], Any]] = [(("buffers",), []), (("buffers", 0), 7), (("other",), {})]
+    tree = Tree()
+    for path, node in leaves[::order]:
+        tree.put(path, node)
+    assert tree.skeleton() == {"buffers": [7], "other": {}}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_value_in_one_process_that_holds_something_in_another_is_refused(order: int) -> None:
+    leaves: list[tuple[tuple[str | int, ...], Any]] = [(("a",), 7), (("a", "b"), 8)]
+    tree = Tree()
+    with pytest.raises(InvalidInputError, match="Rename one"):
+        for path, node in leaves[::order]:
+            tree.put(path, node)
