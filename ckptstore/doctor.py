@@ -8,6 +8,7 @@ import platform
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ckptstore.format import SCRATCH, new_save_id
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import self_test, store_time
 from ckptstore.performing import Performer
+from ckptstore.usage import manifests
 from ckptstore.writer import now_text
 
 __all__ = ["Finding", "examine"]
@@ -221,12 +223,32 @@ def _contents(objects: Objects, grace: float) -> Iterator[Finding]:
 
 def _marks(objects: Objects) -> Iterator[Finding]:
     if marked := marked_corrupt(objects):
+        yield from _damaged_runs(objects, marked)
         yield Finding(
             "note",
             f"{_counted(len(marked), 'chunk')} marked as damaged",
             "ckptstore repair makes checkpoints that need them whole, where there are good copies. Those that none "
             "needs go with the next ckptstore gc.",
         )
+
+
+def _damaged_runs(objects: Objects, marked: set[str]) -> Iterator[Finding]:
+    """Which runs have checkpoints that need what is damaged; a problem where no other is left."""
+    whole: Counter[str] = Counter()
+    damaged: Counter[str] = Counter()
+    newest_whole: dict[str, int] = {}
+    for manifest in manifests(objects):
+        if any(ref.key in marked for ref in manifest.chunks):
+            damaged[manifest.run] += 1
+        else:
+            whole[manifest.run] += 1
+            newest_whole[manifest.run] = manifest.step
+    for run, count in damaged.items():
+        of = f"run {run}: {count} of {_counted(count + whole[run], 'checkpoint')} damaged"
+        if run in newest_whole:
+            yield Finding("note", f"{of}; the newest whole one is step {newest_whole[run]}", "See ckptstore repair.")
+        else:
+            yield Finding("problem", f"{of}; none can be restored as a whole", "ckptstore repair says what is lost.")
 
 
 def _counted(count: int, what: str) -> str:

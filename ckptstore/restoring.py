@@ -124,7 +124,9 @@ def restore(
                 damage[-1],
                 f"no checkpoint of run {run!r} can be restored: {damage[-1]}."
                 f"{f' ({len(damage)} checkpoints were tried.)' if len(damage) > 1 else ''}"
-                f"{'' if target.was_written else ' The destination was not changed.'}",
+                f"{'' if target.was_written else ' The destination was not changed.'}"
+                " `ckptstore verify` lists all damage; run.load(step=…, only='model') may still give a part that is "
+                "whole; a copy of the store may hold the object that is named.",
             ) from damage[-1]
     return None
 

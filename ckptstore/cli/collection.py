@@ -127,10 +127,13 @@ def _print_collected(report: "CollectReport") -> None:
         print_line("nothing was changed")
     elif report.waiting:
         print_line(
-            "nothing was deleted yet: what is garbage is marked. Collect again when these saves have ended, or --wait."
+            "nothing was deleted yet: these saves may need what no checkpoint does. Collect again when they have "
+            "ended, or --wait."
         )
     else:
         print_line(f"deleted {counted(report.deleted, 'chunk')} ({bytes_text(report.deleted_bytes)})")
+        if report.fenced:
+            print_line("collect once more to delete what the fenced saves have left")
 
 
 def _told(save: "WaitingSave") -> str:

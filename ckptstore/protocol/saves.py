@@ -148,8 +148,10 @@ def look(request: SaveRequest) -> Generator[Operation, Any, "Manifest | Found"]:
             return standing.manifest
         if sound and not request.replace:
             raise ConflictError(
-                f"step {request.step} of run {request.run!r} is saved already ({standing.manifest.created}), with "
-                "another state. Save under another step or run, or pass replace=True to put this one in its place."
+                f"step {request.step} of run {request.run!r} is saved already, with another state, by process "
+                f"{standing.manifest.writer.pid} on {standing.manifest.writer.host} ({standing.manifest.created}). If "
+                "that is another job, give this one a run of its own; else save under another step, or pass "
+                "replace=True to put this state in its place."
             )
     # What is damaged, or cannot be read, is no checkpoint that a save could take anything from.
     found.replaces = [candidate.key.save_id for candidate in candidates]

@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import ckptstore
 from ckptstore.errors import CheckpointWarning
-from ckptstore.format import condemned_key, new_save_id
+from ckptstore.format import BLOCK_FORMAT_VERSION, condemned_key, new_save_id
 from ckptstore.manifest import Condemned, encode
 from ckptstore.objects.memory import MemoryObjects
 from ckptstore.sealed import seal
@@ -353,7 +353,7 @@ def test_a_chunk_that_nobody_needs_and_that_vanishes_meanwhile_is_no_damage() ->
 def test_an_object_of_a_newer_version_is_no_damage_but_an_error() -> None:
     small = SmallStore()
     key = next(key for key in small.content if key.startswith("runs/"))
-    small.place.put(key, seal(b'{"format":3,"state":"committed"}', min_bytes=1024))
+    small.place.put(key, seal(b'{"format":%d,"state":"committed"}' % (BLOCK_FORMAT_VERSION + 1), min_bytes=1024))
     with pytest.raises(ckptstore.UnsupportedFormatError):
         ckptstore.Store(small.place).verify()
 

@@ -282,8 +282,17 @@ def test_marks_are_counted_and_lead_to_repair(place: Objects) -> None:
     [chunk] = [ref.key for ref in run.checkpoint(2)._manifest.chunks]
     place.delete(chunk)
     ckptstore.Store(place).verify()
-    found = only(told(place, "note"))
-    assert found.startswith("1 chunk marked as damaged | ckptstore repair makes checkpoints that need them whole")
+    run_, marks = told(place, "note")
+    assert run_ == "run lstm: 1 of 2 checkpoints damaged; the newest whole one is step 1 | See ckptstore repair."
+    assert marks.startswith("1 chunk marked as damaged | ckptstore repair makes checkpoints that need them whole")
+
+
+def test_a_run_of_which_nothing_is_whole_is_a_problem(place: Objects) -> None:
+    fill(place)
+    for row in place.list("chunks/"):
+        place.delete(row.key)
+    ckptstore.Store(place).verify()
+    assert only(told(place, "problem")).startswith("run lstm: 2 of 2 checkpoints damaged; none can be restored")
 
 
 def test_a_list_that_cannot_be_read_is_a_problem(place: Objects) -> None:
