@@ -77,6 +77,16 @@ def test_a_variable_is_found_by_another_of_its_names(run: ckptstore.Run) -> None
     assert restored.kernel.numpy().tolist() == [1.0, 2.0]
 
 
+def test_a_variable_of_keras_and_the_one_within_are_saved_once(run: ckptstore.Run) -> None:
+    import keras
+
+    saved, restored = keras.Variable([1.0, 2.0]), keras.Variable([0.0, 0.0])
+    run.save({"tf": TrackableState(outer=saved, inner=saved.value)}, step=1)
+    assert list(run.load(only="tf.variables")) == ["outer"]
+    run.restore({"tf": TrackableState(outer=restored, inner=restored.value)})
+    assert restored.numpy().tolist() == [1.0, 2.0]
+
+
 def test_a_generator_draws_what_it_would_have_drawn(run: ckptstore.Run) -> None:
     generator = tf.random.Generator.from_seed(1)
     generator.normal((3,))
