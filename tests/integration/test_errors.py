@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import ckptstore
-from ckptstore.format import MARKER_KEY, new_save_id
+from ckptstore.format import BLOCK_FORMAT_VERSION, MARKER_KEY, new_save_id
 from ckptstore.objects.base import Objects
 from ckptstore.objects.local import LocalObjects
 from ckptstore.objects.memory import MemoryObjects
@@ -164,7 +164,8 @@ def test_a_checkpoint_of_a_newer_version_is_an_error_and_no_reason_to_go_back(pl
     run = ckptstore.Store(place).run("run")
     run.save({"x": torch.ones(2)}, step=1)
     key = f"runs/run/{2:020d}.{new_save_id()}.json"
-    place.put(key, seal(b'{"format":3,"state":"committed"}', min_bytes=1024))
+    put_newer = seal(b'{"format":%d,"state":"committed"}' % (BLOCK_FORMAT_VERSION + 1), min_bytes=1024)
+    place.put(key, put_newer)
     for call in (run.load, run.latest, lambda: run.restore({"x": torch.zeros(2)})):
         with pytest.raises(ckptstore.UnsupportedFormatError, match="newer ckptstore"):
             call()
