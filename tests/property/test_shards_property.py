@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptstore
@@ -30,6 +30,7 @@ def store_with(chunk_bytes: int, small_bytes: int) -> ckptstore.Store:
     return ckptstore.Store(objects, threads=1)
 
 
+@settings(max_examples=max(50, settings().max_examples // 20))  # each saves, loads and verifies a store
 @given(
     st.lists(tilings(), min_size=1, max_size=3),
     st.sampled_from(DTYPES),
