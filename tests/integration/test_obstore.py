@@ -141,22 +141,23 @@ def test_nothing_is_signed_for_a_public_bucket(through: Callable[..., ObstoreObj
     assert "authorization" not in sent(proxy, "put")[1]
 
 
-@pytest.mark.parametrize("profile", ["keys", "role"])
+# Names that no other test has: fsspec hands out the same file system again for the same options.
+@pytest.mark.parametrize("profile", ["my-keys", "my-role"])
 def test_profiles_and_assumed_roles_sign_as_the_aws_tools_do(
     moto_s3: S3Server, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str
 ) -> None:
     place = f"region=us-east-1\nendpoint_url={proxy.endpoint_url}\n"
     (tmp_path / "config").write_text(
-        f"[profile keys]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n{place}"
-        f"[profile role]\nrole_arn=arn:aws:iam::123456789012:role/trainer\nsource_profile=keys\n{place}"
+        f"[profile my-keys]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n{place}"
+        f"[profile my-role]\nrole_arn=arn:aws:iam::123456789012:role/trainer\nsource_profile=my-keys\n{place}"
     )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     objects = ObstoreObjects(f"s3://{moto_s3.new_bucket()}", {"profile": profile})
     objects.put("key", b"x")
     _, headers = sent(proxy, "put")
-    assert (f"Credential={KEY}/" in headers["authorization"]) == (profile == "keys")
-    assert ("x-amz-security-token" in headers) == (profile == "role")
+    assert (f"Credential={KEY}/" in headers["authorization"]) == (profile == "my-keys")
+    assert ("x-amz-security-token" in headers) == (profile == "my-role")
 
 
 def test_a_certificate_authority_of_ones_own_is_left_to_s3fs_unless_obstore_trusts_it_too(

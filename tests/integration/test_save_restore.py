@@ -266,7 +266,7 @@ def test_another_state_as_the_same_step_is_a_conflict_unless_it_is_to_replace(pl
     run = ckptstore.Store(place).run("run")
     run.save({"x": torch.ones(3)}, step=1)
     keys = [row.key for row in place.list("")]
-    with pytest.raises(ckptstore.ConflictError, match=r"step 1 of run 'run' is saved already .* replace=True"):
+    with pytest.raises(ckptstore.ConflictError, match=r"step 1 of run 'run' is saved already.*replace=True"):
         run.save({"x": torch.zeros(3)}, step=1)
     assert [row.key for row in place.list("")] == keys
     run.save({"x": torch.zeros(3)}, step=1, replace=True)
