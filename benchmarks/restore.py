@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 import ckptstore
+from benchmarks.save import flat_tensors
 from benchmarks.states import STEPS, Training, raw_bytes, state_file, work_folder
 from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target, use_kernels
 
@@ -20,6 +22,7 @@ OURS = "ckptstore (verified)"
 OURS_FAST = "ckptstore[fast] (verified)"
 OURS_PLAIN = "ckptstore, codec none"
 OURS_PART = "ckptstore, the model alone"
+SAFETENSORS = "safetensors load_file"
 
 
 def ask(folder: Path, rounds: int) -> Report:
@@ -28,7 +31,8 @@ def ask(folder: Path, rounds: int) -> Report:
         training = Training.resumed(file)
         ckptstore.Store(work / "store").run("lstm").save(training.state(), step=STEPS)
         ckptstore.Store(work / "plain", codec="none").run("lstm").save(training.state(), step=STEPS)
-        for path in [file, *(work / "store").rglob("*"), *(work / "plain").rglob("*")]:
+        save_file(flat_tensors(training), work / "state.safetensors")
+        for path in [file, work / "state.safetensors", *(work / "store").rglob("*"), *(work / "plain").rglob("*")]:
             if path.is_file():
                 path.read_bytes()  # into the page cache
 
@@ -42,6 +46,9 @@ def ask(folder: Path, rounds: int) -> Report:
             BASE: lambda _: loading(),
             "torch.load(mmap=True)": lambda _: loading(mmap=True),
             "torch.load(weights_only=False)": lambda _: loading(weights_only=False),
+            SAFETENSORS: lambda _: fresh(
+                "benchmarks.restore:safetensors_restore", file=str(work / "state.safetensors")
+            ),
         }
         measured = in_turn(rounds, variants)
     rows = compared(measured, BASE, raw_bytes(training.state_dicts()))
@@ -58,6 +65,25 @@ def our_restore(store: str, kernels: str, part: bool = False, step: int | None =
     with Stopwatch() as watch:
         checkpoint = run.restore(destination, step=step)
     assert checkpoint is not None and len(training.optimizer.state) == (0 if part else 7)
+    return watch.took
+
+
+def safetensors_restore(file: str) -> Took:
+    """The optimizer's groups are not in the file: they are those of the new optimizer."""
+    from safetensors.torch import load_file
+
+    training = Training.fresh()
+    with Stopwatch() as watch:
+        tensors = load_file(file)
+        model = {name.removeprefix("model."): each for name, each in tensors.items() if name.startswith("model.")}
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, moment = name.split(".")
+                moments.setdefault(int(number), {})[moment] = tensor
+        training.model.load_state_dict(model)
+        training.optimizer.load_state_dict(training.optimizer.state_dict() | {"state": moments})
+    assert len(training.optimizer.state) == 7
     return watch.took
 
 

@@ -7,12 +7,14 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import ckptstore
 from benchmarks.states import STEPS, Training, raw_bytes, real_batches, state_file, work_folder
 from benchmarks.timing import Report, Stopwatch, Took, compared, fresh, in_turn, target, use_kernels
+from ckptstore.pipeline import worker_threads
 
 QUESTION = "save: LSTM and Adam to local disk with fsync, all of it new"
 TARGET = 0.8
@@ -22,6 +24,7 @@ OURS_FAST = "ckptstore[fast]"
 OURS_PLAIN = "ckptstore, codec none"
 OURS_UNCHANGED = "ckptstore, unchanged"
 DCP = "DCP FileSystemWriter, synced"
+SAFETENSORS = "safetensors + fsync"
 
 
 def ask(folder: Path, rounds: int) -> Report:
@@ -63,7 +66,12 @@ def ask(folder: Path, rounds: int) -> Report:
             trained(number)
             return timed_dcp_save(work / f"dcp-{number}", training)
 
+        def safetensors(number: int) -> Took:
+            trained(number)
+            return timed_safetensors_save(work / f"{number}.safetensors", training)
+
         variants = {OURS: ours, BASE: theirs, OURS_PLAIN: uncompressed, OURS_UNCHANGED: unchanged, DCP: dcp}
+        variants |= {SAFETENSORS: safetensors}
         measured = in_turn(rounds, variants)
     return _report("in one training", measured, raw_bytes(training.state_dicts()))
 
@@ -125,16 +133,45 @@ def timed_torch_save(file: Path, training: Training) -> Took:
     return watch.took
 
 
+def timed_safetensors_save(file: Path, training: Training) -> Took:
+    """What is not a tensor is left out, as the format holds tensors alone."""
+    from safetensors.torch import save_file
+
+    with Stopwatch() as watch:
+        save_file(flat_tensors(training), file)
+        for path in (file, file.parent):
+            fsync(path)
+    file.unlink()
+    return watch.took
+
+
 def timed_dcp_save(folder: Path, training: Training) -> Took:
     import torch.distributed.checkpoint as dcp
 
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=2)
+    writer = synced_writer(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that this is one process
         with Stopwatch() as watch:
             dcp.save(training.state_dicts(), storage_writer=writer)
     shutil.rmtree(folder)
     return watch.took
+
+
+def synced_writer(folder: Path) -> Any:
+    """DCP's writer of files, with fsync as we do it, and with as many threads as this machine has cores."""
+    import torch.distributed.checkpoint as dcp
+
+    threads = worker_threads()
+    return dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads)
+
+
+def flat_tensors(training: Training) -> dict[str, torch.Tensor]:
+    """All tensors of model and optimizer by one name each, as safetensors wants them."""
+    states = training.optimizer.state_dict()["state"]
+    flat = {f"model.{name}": tensor for name, tensor in training.model.state_dict().items()}
+    return flat | {
+        f"optimizer.{number}.{name}": value for number, state in states.items() for name, value in state.items()
+    }
 
 
 def fsync(path: Path) -> None:

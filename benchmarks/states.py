@@ -5,6 +5,7 @@ The states hold model, Adam's moments and the step: 115 MB. Trained as `python -
 
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from trainer.model import LanguageModel
 BATCH_SIZE, BPTT, LEARNING_RATE, CLIP = 20, 35, 0.001, 1.0
 STEPS = int(os.environ.get("CKPTSTORE_BENCHMARK_STEPS", "100"))
 """Of training, to the state that most questions are asked of. `--quick` sets the variable, for child processes too."""
+LATER_STEPS = () if "CKPTSTORE_BENCHMARK_STEPS" in os.environ else (101, 110, 200, 550)
+"""At which steps of the same training its size is told as well."""
 DEFAULT_FOLDER = Path(tempfile.gettempdir()) / "ckptstore-benchmarks"
 
 
@@ -75,12 +78,16 @@ class Training:
 
 
 def state_file(folder: Path, steps: int = STEPS) -> Path:
-    """The file of torch.save with the state after `steps` steps; trains it if it is not there."""
+    """The file of torch.save with the state after `steps` steps; trains it if it is not there.
+
+    One of the later steps goes on from the file of the one before it.
+    """
     file = folder / f"lstm-{steps}.pt"
     if not file.exists():
-        print(f"training the LSTM for {steps} steps into {file} …", flush=True)
-        training = Training.fresh()
-        training.train(real_batches(folder), steps)
+        earlier = max((each for each in (STEPS, *LATER_STEPS) if each < steps), default=0)
+        training = Training.resumed(state_file(folder, earlier)) if earlier else Training.fresh()
+        print(f"training the LSTM for {steps - training.step} steps into {file} …", file=sys.stderr, flush=True)
+        training.train(real_batches(folder), steps - training.step)
         _write(training.state_dicts(), file)
     return file
 

@@ -17,8 +17,11 @@ Place = tuple[str, int]
 """Where a chunk is in a state: the path of the first tensor in it, and the how manieth of the tensor's it is."""
 
 
-class Held(Struct, frozen=True):
-    """A chunk that is in the store, and the one that it stands on."""
+class Held(Struct, frozen=True, gc=False):
+    """A chunk that is in the store, and the one that it stands on.
+
+    None of the garbage collector's business: there are as many as chunks, and they only ever point downwards.
+    """
 
     digest: str
     save: str
