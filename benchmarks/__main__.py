@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ if "--quick" in sys.argv:
 
 from benchmarks import (
     background,
+    bookkeeping,
     bucket,
+    cores,
     finetune,
+    half,
+    limits,
+    machine,
     memory,
+    plots,
     profile,
     requests,
     resave,
@@ -33,6 +40,7 @@ Ask = Callable[[Path, int], Report]
 
 QUESTIONS: dict[str, tuple[Ask, int]] = {
     # name -> who answers it, and in how many rounds if not told
+    "limits": (limits.ask, 7),
     "stored": (stored.ask, 1),
     "restore": (restore.ask, 7),
     "save": (save.ask, 9),
@@ -40,7 +48,10 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "resave": (resave.ask, 5),
     "fine-tune": (finetune.ask, 9),
     "async": (background.ask, 7),
+    "cores": (cores.ask, 5),
+    "bookkeeping": (bookkeeping.ask, 3),
     "memory": (memory.ask, 1),
+    "bf16": (half.ask, 9),
     "series": (series.ask, 3),
     "series-close": (series.ask_close, 3),
     "bucket-save": (bucket.ask_save, 5),
@@ -48,7 +59,21 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "bucket-requests": (requests.ask, 3),
 }
 
-QUICK = ("stored", "restore", "save", "resave", "fine-tune", "async")
+QUICK: dict[str, Ask] = {
+    # name -> who answers it at its smallest: whether it works. Of what needs a server `limits` starts one.
+    "limits": limits.ask,
+    "stored": stored.ask,
+    "restore": restore.ask,
+    "save": save.ask,
+    "resave": resave.ask,
+    "fine-tune": finetune.ask,
+    "async": background.ask,
+    "cores": cores.ask,
+    "bookkeeping": partial(bookkeeping.ask, counts=(100, 1_000)),
+    "memory": partial(memory.ask, gigabytes=(0.02,)),
+    "bf16": half.ask,
+    "series": partial(series.ask, steps_apart=1, checkpoints=4),
+}
 
 
 def main() -> int:
@@ -57,22 +82,36 @@ def main() -> int:
         for name, (ask, _) in QUESTIONS.items():
             print(f"{name:<16}{(ask.__doc__ or sys.modules[ask.__module__].__doc__ or '').splitlines()[0]}")
         return 0
+    document = json.loads(options.draw.read_text()) if options.draw else measured(options)
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.svg:
+        for file in plots.write(document["reports"], options.svg, machine.sentence(document["machine"])):
+            print(f"{file}: {file.stat().st_size:,} bytes")
+    return 0
+
+
+def measured(options: Any) -> dict[str, Any]:
+    """Ask, print the answers, and return them as `--json` writes them."""
     options.folder.mkdir(parents=True, exist_ok=True)
-    reports: list[Report] = []
+    facts = machine.facts(options.folder)
+    print(machine.sentence(facts), flush=True)
+    reports: dict[str, Report] = {}
     for name in options.names or ([] if options.profile else QUICK if options.quick else QUESTIONS):
         ask, rounds = QUESTIONS[name]
+        if options.quick:
+            ask, rounds = QUICK.get(name, ask), 1
+        elif name == "memory" and options.gigabytes:
+            ask = partial(memory.ask, gigabytes=options.gigabytes)
         began = time.monotonic()
-        report = ask(options.folder, options.rounds or (1 if options.quick else rounds))
-        report.print()
+        reports[name] = ask(options.folder, options.rounds or rounds)
+        reports[name].print()
         print(f"     ({time.monotonic() - began:.0f} s)", flush=True)
-        reports.append(report)
     if options.profile:
         for report in profile.ask(options.folder, options.rounds or 3):
             report.print()
-            reports.append(report)
-    if options.json:
-        options.json.write_text(json.dumps([report.to_json() for report in reports], indent=1) + "\n")
-    return 0
+            reports[report.question.partition(":")[0]] = report
+    return {"machine": facts, "reports": {name: report.to_json() for name, report in reports.items()}}
 
 
 def parse() -> Any:
@@ -81,6 +120,20 @@ def parse() -> Any:
     parser.add_argument("--list", action="store_true", help="say what each one asks, and end")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each, in place of its own number")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
+    parser.add_argument("--svg", type=Path, metavar="FOLDER", help=f"draw {', '.join(plots.TITLES)} into FOLDER")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FILE",
+        help="with --svg: draw what --json has written to FILE, and measure nothing",
+    )
+    parser.add_argument(
+        "--gigabytes",
+        type=float,
+        nargs="+",
+        metavar="GB",
+        help=f"states that memory is measured of ({' '.join(f'{size:g}' for size in memory.GIGABYTES)})",
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -97,6 +150,8 @@ def parse() -> Any:
     unknown = [name for name in options.names if name not in QUESTIONS]
     if unknown:
         parser.error(f"no benchmark is called {unknown[0]}; there are {', '.join(QUESTIONS)}")
+    if options.svg and not plots.available():
+        parser.error(plots.MISSING)  # now, and not when all has been measured
     return options
 
 

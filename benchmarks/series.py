@@ -22,7 +22,7 @@ CODECS = ("none", "fast", "small")
 BASE = "torch.save + fsync"
 
 
-def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
+def ask(folder: Path, rounds: int, steps_apart: int = 50, checkpoints: int = CHECKPOINTS) -> Report:
     """What ten checkpoints take, 50 steps apart, by codec and by peer: bytes, seconds to save and to restore."""
     training = Training.resumed(state_file(folder))
     batches = real_batches(folder)
@@ -31,7 +31,7 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
         runs = {codec: ckptstore.Store(work / codec, codec=codec).run("lstm") for codec in CODECS}
         peers = {peer.name: peer for peer in installed(work)}
         saves: dict[str, list[float]] = {name: [] for name in (*CODECS, *peers, BASE)}
-        for number in range(CHECKPOINTS):
+        for number in range(checkpoints):
             if number:
                 training.train(batches, steps_apart)
             for name in list(saves) if number % 2 else list(saves)[::-1]:
@@ -43,7 +43,7 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
                     took = timed_torch_save(work / "state.pt", training)
                 saves[name].append(took[0])
         stored = {name: sum(each.new_bytes for each in run.checkpoints()) for name, run in runs.items()}
-        stored |= {name: peer.stored_bytes() for name, peer in peers.items()} | {BASE: CHECKPOINTS * payload_bytes}
+        stored |= {name: peer.stored_bytes() for name, peer in peers.items()} | {BASE: checkpoints * payload_bytes}
         restores = in_turn(
             rounds,
             {codec: partial(_restored, work / codec) for codec in CODECS}
@@ -53,7 +53,7 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
         compacted = _compacted(runs["small"], work, rounds)
     rows = []
     for name, seconds in saves.items():
-        share = stored[name] / (CHECKPOINTS * payload_bytes)
+        share = stored[name] / (checkpoints * payload_bytes)
         save = statistics.median(seconds[1:])
         text = f"{share:.3f} of raw  save {save:.3f} s from the second on"
         figures = {"stored": share, "save": save}
@@ -63,7 +63,7 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50) -> Report:
         rows.append(Row(name, text, figures))
     rows += compacted
     return Report(
-        f"series: {CHECKPOINTS} checkpoints of LSTM and Adam, {steps_apart} steps apart, local disk",
+        f"series: {checkpoints} checkpoints of LSTM and Adam, {steps_apart} steps apart, local disk",
         rows,
         "; ".join(
             f"small stores {1 - stored['small'] / stored[name]:.0%} less than {name}" for name in ("fast", *peers)

@@ -60,17 +60,17 @@ class Report:
             print(f"  => {self.verdict}", flush=True)
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{"name": row.name, **row.figures} for row in self.rows]
+        rows = [{"name": row.name, "text": row.text, **row.figures} for row in self.rows]
         return {"question": self.question, "rows": rows, "verdict": self.verdict}
 
 
 def in_turn(rounds: int, variants: Mapping[str, Callable[[int], Took]]) -> dict[str, list[Took]]:
     """Call each variant once a round, in one order and then in the other; return what they returned.
 
-    One round before the first, whose number is -1, is not counted.
+    One round before the first, whose number is -1, is not counted; a single round has none before it.
     """
     measured: dict[str, list[Took]] = {name: [] for name in variants}
-    for number in range(-1, rounds):
+    for number in range(-1 if rounds > 1 else 0, rounds):
         names = list(variants) if number % 2 else list(variants)[::-1]
         for name in names:
             took = variants[name](number)
