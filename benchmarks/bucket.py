@@ -121,17 +121,17 @@ def torch_restore(url: str, options: dict[str, Any]) -> Took:
 
 
 def dcp_restore(url: str, options: dict[str, Any]) -> Took:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     warnings.simplefilter("ignore")  # it says that this is one process
     training = Training.fresh()
     _file_system(options)
     with Stopwatch() as watch:
         model, optimizer = get_state_dict(training.model, training.optimizer)
-        state = {"model": model, "optimizer": optimizer}
-        dcp.load(state, storage_reader=FsspecReader(url + "/dcp", **options))  # type: ignore[no-untyped-call]
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        load(state, storage_reader=FsspecReader(url + "/dcp", **options))
         set_state_dict(training.model, training.optimizer, model_state_dict=model, optim_state_dict=state["optimizer"])
     return watch.took
 
@@ -143,12 +143,12 @@ def _upload(path: str, options: dict[str, Any], training: Training) -> None:
 
 
 def _dcp_save(path: str, options: dict[str, Any], training: Training) -> None:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     model, optimizer = get_state_dict(training.model, training.optimizer)
-    dcp.save({"model": model, "optimizer": optimizer}, storage_writer=FsspecWriter(path, **options))
+    save({"model": model, "optimizer": optimizer}, storage_writer=FsspecWriter(path, **options))
 
 
 def _file_system(options: dict[str, Any]) -> Any:

@@ -30,8 +30,10 @@ TORCH_SAVE, TORCH_LOAD = "torch.save + fsync", "torch.load"
 
 HASHED_FIRST = ("hash (find what is new)",)
 """Of a save: done for all of the state before anything is encoded."""
-ENCODING = ("hash again (did it change?)", "checksum of compressed planes", "encode: take samples", "encode: split")
-ENCODING += ("encode: zstd of samples", "encode: zstd", "encode: the rest", "hash")
+ENCODING = (
+    *("hash again (did it change?)", "checksum of compressed planes", "encode: take samples", "encode: split"),
+    *("encode: zstd of samples", "encode: zstd", "encode: the rest", "hash"),
+)
 DISK = ("put: write", "put: fsync", "put: fsync of folders", "put: rename, link", "put: open, close, uuid")
 DECODING = ("fetch: read", "hash", "decode: zstd", "decode: merge", "decode: the rest", "checksum of compressed planes")
 MOVED_BY_SAVE, MOVED_BY_RESTORE = 3, 2

@@ -98,8 +98,8 @@ def _load_ours(codec: str) -> Callable[[dict[str, Any], dict[str, Any], int], No
 
 
 def _save_theirs(state: dict[str, Any], place: dict[str, Any], step: int) -> None:
-    from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     path = f"{place['url']}/dcp-{step}"
@@ -110,8 +110,8 @@ def _save_theirs(state: dict[str, Any], place: dict[str, Any], step: int) -> Non
 
 
 def _load_theirs(state: dict[str, Any], place: dict[str, Any], step: int) -> None:
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     path = f"{place['url']}/dcp-{step}"

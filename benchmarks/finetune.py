@@ -31,7 +31,7 @@ def ask(folder: Path, rounds: int) -> Report:
         for layer in layers:
             hidden = torch.tanh(layer(hidden))
         optimizer.zero_grad()
-        (hidden - inputs).square().mean().backward()
+        (hidden - inputs).square().mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     def state_dicts() -> dict[str, object]:

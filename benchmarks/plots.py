@@ -100,7 +100,7 @@ def _svg(title: str, caption: str, draw: Any, height: float) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {  # matplotlib's names are literals to mypy
         "svg.fonttype": "none",  # text that can be searched, and small files
         "svg.hashsalt": "ckptstore",  # the same file for the same figures
         "font.family": "sans-serif",

@@ -42,7 +42,8 @@ def ask(folder: Path, rounds: int) -> Report:
                 ways = {name: kind(f"s3://{bucket}/{name}", options) for name, kind in KINDS.items()}
                 for threads in (16, 64):
                     with ThreadPoolExecutor(threads) as pool:
-                        for act, calls in {"put": partial(_put, bodies), "get": _get}.items():
+                        acts: dict[str, Callable[..., Took]] = {"put": partial(_put, bodies), "get": _get}
+                        for act, calls in acts.items():
                             measured = in_turn(rounds, {name: partial(calls, pool, way) for name, way in ways.items()})
                             rows += _named(measured, f"{act} {scheme}, {threads} at a time", COUNT * SIZE)
             rows += _listing(S3Objects(f"s3://{bucket}/list", server.storage_options), rounds)

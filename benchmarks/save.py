@@ -146,23 +146,23 @@ def timed_safetensors_save(file: Path, training: Training) -> Took:
 
 
 def timed_dcp_save(folder: Path, training: Training) -> Took:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = synced_writer(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that this is one process
         with Stopwatch() as watch:
-            dcp.save(training.state_dicts(), storage_writer=writer)
+            save(training.state_dicts(), storage_writer=writer)
     shutil.rmtree(folder)
     return watch.took
 
 
 def synced_writer(folder: Path) -> Any:
     """DCP's writer of files, with fsync as we do it, and with as many threads as this machine has cores."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     threads = worker_threads()
-    return dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads)
+    return FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads)
 
 
 def flat_tensors(training: Training) -> dict[str, torch.Tensor]:

@@ -16,9 +16,10 @@ from benchmarks.peers import Peer, installed
 from benchmarks.save import timed_save, timed_torch_save
 from benchmarks.states import Training, raw_bytes, real_batches, state_file, work_folder
 from benchmarks.timing import Report, Row, Took, fresh, in_turn
+from ckptstore.format import Codec
 
 CHECKPOINTS = 10
-CODECS = ("none", "fast", "small")
+CODECS: tuple[Codec, ...] = ("none", "fast", "small")
 BASE = "torch.save + fsync"
 
 
@@ -42,7 +43,7 @@ def ask(folder: Path, rounds: int, steps_apart: int = 50, checkpoints: int = CHE
                 else:
                     took = timed_torch_save(work / "state.pt", training)
                 saves[name].append(took[0])
-        stored = {name: sum(each.new_bytes for each in run.checkpoints()) for name, run in runs.items()}
+        stored: dict[str, int] = {name: sum(each.new_bytes for each in run.checkpoints()) for name, run in runs.items()}
         stored |= {name: peer.stored_bytes() for name, peer in peers.items()} | {BASE: checkpoints * payload_bytes}
         restores = in_turn(
             rounds,
