@@ -60,7 +60,8 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
 }
 
 QUICK: dict[str, Ask] = {
-    # name -> who answers it at its smallest: whether it works. Of what needs a server `limits` starts one.
+    # name -> who answers it at its smallest: whether it works. Of what needs a server `limits` starts one; `cores` and
+    # `series` ask what `save` and `restore` ask, and take long.
     "limits": limits.ask,
     "stored": stored.ask,
     "restore": restore.ask,
@@ -68,11 +69,9 @@ QUICK: dict[str, Ask] = {
     "resave": resave.ask,
     "fine-tune": finetune.ask,
     "async": background.ask,
-    "cores": cores.ask,
     "bookkeeping": partial(bookkeeping.ask, counts=(100, 1_000)),
     "memory": partial(memory.ask, gigabytes=(0.02,)),
     "bf16": half.ask,
-    "series": partial(series.ask, steps_apart=1, checkpoints=4),
 }
 
 

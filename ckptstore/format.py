@@ -132,6 +132,16 @@ def check_step(step: object) -> int:
     return number
 
 
+def split_run(text: str) -> tuple[str, int | None]:
+    """The run and the step of RUN[@STEP]. Raises InvalidInputError."""
+    run, at, digits = text.partition("@")
+    if not at:
+        return check_run_name(run), None
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 20:
+        raise InvalidInputError(f"{text!r} is no RUN@STEP: the step must be a whole number, as in lstm@300.")
+    return check_run_name(run), check_step(int(digits))
+
+
 def check_digest(digest: object) -> str:
     """Return `digest`, or raise InvalidInputError that says what the digest of a checkpoint looks like."""
     if not is_digest(digest):

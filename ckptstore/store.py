@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ckptstore import catalog
 from ckptstore import usage as usages
+from ckptstore.checkpoint import Checkpoint
 from ckptstore.errors import InvalidInputError, NotFoundError
-from ckptstore.format import Codec, check_run_name
+from ckptstore.format import Codec, check_run_name, split_run
+from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.pipeline import Progress
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ckptstore.collecting import CollectReport
+    from ckptstore.diffing import Diff, Read
     from ckptstore.doctor import Finding
     from ckptstore.pruning import PruneReport
     from ckptstore.repairing import RepairReport
@@ -246,6 +249,63 @@ class Store:
         from ckptstore import doctor
 
         return doctor.examine(self._objects, grace)
+
+    def diff(
+        self,
+        before: "str | Checkpoint",
+        after: "str | Checkpoint",
+        *,
+        other: "Store | None" = None,
+        tensors: str | None = None,
+        read: "Read" = "changed",
+        progress: Progress | None = None,
+    ) -> "Diff":
+        """What has changed from one checkpoint to another: `print(store.diff("lstm@100", "lstm@200"))`.
+
+        Chunks with equal digests hold equal bytes and need not be read. The others are fetched, verified, compared and
+        forgotten, so that memory stays below 256 MiB whatever the size of the checkpoints (but for tensors that are
+        not contiguous, or views of others: each of those is put together as a whole).
+
+        Args:
+            before: "RUN@STEP", "RUN" for its newest, or a `Checkpoint`.
+            after: likewise.
+            other: the store that `after` is in, if it is another.
+            tensors: compare only tensors whose path matches this pattern, such as "model.*" (`fnmatch`'s).
+            read: "changed": the chunks that differ, so that all figures but those of lengths are exact. "all": the
+                equal ones as well, once, so that the relative L2 distance and the cosine are those of whole tensors.
+                "nothing": manifests alone, which tell which chunks of which tensors have changed.
+            progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
+
+        Returns:
+            What was found; its `summary` is one sentence.
+
+        Raises:
+            NotFoundError: there is no such store, run or step.
+            CorruptError: a checkpoint is damaged; the text names what cannot be compared.
+            UnavailableError: a backend failed.
+            InvalidInputError: an argument makes no sense.
+        """
+        from ckptstore import diffing
+
+        theirs = other if other is not None else self
+        return diffing.compare(
+            diffing.Side(self._objects, self._manifest(before)),
+            diffing.Side(theirs._objects, theirs._manifest(after)),
+            tensors=tensors,
+            read=read,
+            threads=self._threads,
+            progress=progress,
+        )
+
+    def _manifest(self, wanted: "str | Checkpoint") -> Manifest:
+        """The manifest of "RUN@STEP", or of the newest of "RUN", or of a checkpoint."""
+        if isinstance(wanted, Checkpoint):
+            return catalog.manifest_of(self._objects, wanted.run, wanted.step)
+        run, step = split_run(wanted)
+        if step is None:
+            self._require(run)
+            return catalog.newest_or_raise(self._objects, run)
+        return catalog.manifest_of(self._objects, run, step)
 
     def _require(self, run: str | None) -> None:
         """Raise NotFoundError if there is no store, or no such run."""

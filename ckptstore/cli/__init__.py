@@ -19,6 +19,7 @@ from ckptstore.cli import (
     benching,
     collection,
     compaction,
+    differing,
     examination,
     files,
     listing,
@@ -72,7 +73,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (listing, showing, verification, totals, files, removal, collection, compaction, examination, benching):
+for group in (
+    listing,
+    showing,
+    differing,
+    verification,
+    totals,
+    files,
+    removal,
+    collection,
+    compaction,
+    examination,
+    benching,
+):
     group.add_to(app)
 
 

@@ -9,8 +9,8 @@ from ckptstore import Checkpoint, Store
 from ckptstore.cli import options
 from ckptstore.cli.printing import bytes_text, print_json, print_line, printable, progress_bar
 from ckptstore.cli.target import parse_options, resolve, resolve_new
-from ckptstore.cli.values import to_json
 from ckptstore.errors import ConflictError
+from ckptstore.plain_values import to_json
 
 __all__ = ["add_to"]
 

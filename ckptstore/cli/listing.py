@@ -11,11 +11,11 @@ from ckptstore.chunk_numbers import ChunkNumbers
 from ckptstore.cli.options import Json, OptionalTarget, StorageOptions, examples
 from ckptstore.cli.printing import bytes_text, print_json, print_line, print_table, printable, time_text, warn
 from ckptstore.cli.target import Target, parse_options, resolve
-from ckptstore.cli.values import pairs, to_json, to_text
 from ckptstore.errors import NotFoundError
 from ckptstore.format import ManifestKey
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
+from ckptstore.plain_values import pairs, to_json, to_text
 
 __all__ = ["add_to"]
 

@@ -11,10 +11,10 @@ from ckptstore import catalog
 from ckptstore.cli import options
 from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, printable, time_text
 from ckptstore.cli.target import parse_options, resolve
-from ckptstore.cli.values import is_container, pairs, to_json, to_text, type_name
 from ckptstore.errors import CorruptError
 from ckptstore.manifest import Manifest, checkpoint_digest
 from ckptstore.objects.base import Objects
+from ckptstore.plain_values import is_container, pairs, to_json, to_text, type_name
 from ckptstore.skeleton import MAX_DEPTH, TAG, TensorNode, children, is_tensor
 
 __all__ = ["add_to"]

@@ -12,11 +12,11 @@ from typing import Any
 
 from ckptstore import catalog
 from ckptstore.errors import InvalidInputError, NotFoundError, UnavailableError
-from ckptstore.format import MARKER_KEY, RUNS, check_run_name, check_step, is_run_name
+from ckptstore.format import MARKER_KEY, RUNS, is_run_name, split_run
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 
-__all__ = ["HELP", "STORE_VARIABLE", "Target", "parse_options", "resolve", "resolve_new", "split_run"]
+__all__ = ["HELP", "STORE_VARIABLE", "Target", "parse_options", "resolve", "resolve_new"]
 
 STORE_VARIABLE = "CKPTSTORE_URL"
 HELP = (
@@ -113,16 +113,6 @@ def resolve_new(text: str, options: Mapping[str, Any] | None = None) -> Target:
     if above is None:
         return Target(_default_store(options), run, step)
     return Target(open_objects(above, options), run, step)
-
-
-def split_run(text: str) -> tuple[str, int | None]:
-    """The run and the step of RUN[@STEP]. Raises InvalidInputError."""
-    run, at, digits = text.partition("@")
-    if not at:
-        return check_run_name(run), None
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 20:
-        raise InvalidInputError(f"{text!r} is no RUN@STEP: the step must be a whole number, as in lstm@300.")
-    return check_run_name(run), check_step(int(digits))
 
 
 def parse_options(text: str | None) -> dict[str, Any] | None:

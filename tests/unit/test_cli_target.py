@@ -9,9 +9,9 @@ import torch
 
 import ckptstore
 from ckptstore.cli import target
-from ckptstore.cli.target import STORE_VARIABLE, parse_options, resolve, resolve_new, split_run
+from ckptstore.cli.target import STORE_VARIABLE, parse_options, resolve, resolve_new
 from ckptstore.errors import InvalidInputError, NotFoundError, UnavailableError
-from ckptstore.format import MARKER_KEY
+from ckptstore.format import MARKER_KEY, split_run
 from ckptstore.objects.base import Objects
 from ckptstore.objects.memory import MemoryObjects
 

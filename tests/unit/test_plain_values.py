@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ckptstore.cli.values import type_name
+from ckptstore.plain_values import type_name
 
 
 def deep() -> Any:
