@@ -19,6 +19,7 @@ from benchmarks import (
     bookkeeping,
     bucket,
     cores,
+    diff,
     finetune,
     half,
     limits,
@@ -52,6 +53,7 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "bookkeeping": (bookkeeping.ask, 3),
     "memory": (memory.ask, 1),
     "bf16": (half.ask, 9),
+    "diff": (diff.ask, 3),
     "series": (series.ask, 3),
     "series-close": (series.ask_close, 3),
     "bucket-save": (bucket.ask_save, 5),
@@ -72,6 +74,7 @@ QUICK: dict[str, Ask] = {
     "bookkeeping": partial(bookkeeping.ask, counts=(100, 1_000)),
     "memory": partial(memory.ask, gigabytes=(0.02,)),
     "bf16": half.ask,
+    "diff": partial(diff.ask, layers=10),
 }
 
 

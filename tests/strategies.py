@@ -380,7 +380,18 @@ def _overlap(first: torch.Tensor, second: torch.Tensor) -> tuple[list[int], list
 @st.composite
 def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
     """A shape that is not empty, and boxes that it was cut into, in any order: where each begins, and its sizes."""
-    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=4)))
+    shape = draw(shapes())
+    return shape, draw(cuts(shape))
+
+
+def shapes() -> st.SearchStrategy[tuple[int, ...]]:
+    """Shapes that are not empty."""
+    return st.lists(st.integers(1, 6), max_size=4).map(tuple)
+
+
+@st.composite
+def cuts(draw: st.DrawFn, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes that an array of `shape` was cut into, in any order."""
     boxes = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 5))):
         at, sizes = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
@@ -395,4 +406,4 @@ def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...
         after = list(at)
         after[dimension] += size
         boxes += [(at, tuple(below)), (tuple(after), tuple(rest))]
-    return shape, draw(st.permutations(boxes))
+    return draw(st.permutations(boxes))

@@ -73,19 +73,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (
-    listing,
-    showing,
-    differing,
-    verification,
-    totals,
-    files,
-    removal,
-    collection,
-    compaction,
-    examination,
-    benching,
-):
+GROUPS = (
+    *(listing, showing, differing, verification, totals, files),
+    *(removal, collection, compaction, examination, benching),
+)
+"""In the order of the help."""
+for group in GROUPS:
     group.add_to(app)
 
 

@@ -427,6 +427,10 @@ FIELDS: dict[tuple[str, ...], set[str]] = {
         *("store", "run", "step", "file", "raw_bytes", "stored_bytes", "new_bytes"),
     },
     ("rm", "ckpts/lstm@100"): {"store", "run", "step"},
+    ("diff", "ckpts/lstm"): {
+        *("before", "after", "summary", "raw_bytes", "shared_bytes", "read_bytes", "tensors"),
+        *("changes", "metrics", "metadata"),
+    },
 }
 
 
@@ -644,6 +648,8 @@ def test_nothing_in_a_store_acts_on_the_terminal(cli: Cli) -> None:
     outcomes = [cli("ls", "ckpts/evil"), cli("show", "ckpts/evil"), cli("verify", "ckpts")]
     outcomes += [cli("export", "ckpts/evil", "out.pt"), cli("verify", "ckpts", "--json")]
     outcomes += [cli("show", "ckpts/evil\x1b[31m"), cli("ls", "./none\x1b[31m")]
+    run.save({ATTACK: {"inner": torch.zeros(2)}, "text": f"{ATTACK}!"}, step=1, metrics={ATTACK: 2})
+    outcomes += [cli("diff", "ckpts/evil", "--read", read) for read in ("changed", "nothing")]
     for done in outcomes:
         text = done.out + done.err
         assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e"}
