@@ -7,7 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from ckptstore.manifest import Manifest, checkpoint_digest
+from ckptstore.markup import MAX_ROWS, caption, table
+from ckptstore.plain_values import pairs, to_text
 from ckptstore.skeleton import TAG, TensorNode, tensors
+from ckptstore.texts import bytes_text, counted, time_text
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
@@ -59,6 +62,10 @@ class Checkpoint:
         metrics = "".join(f", {name}={_short(value)}" for name, value in self.metrics.items())
         return f"<Checkpoint {self.run}@{self.step}{metrics}: {sizes}, {self.created:%Y-%m-%d %H:%M:%S} UTC>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, and its tensors. Reads nothing."""
+        return _html(self)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Checkpoint) and self._manifest.key == other._manifest.key
 
@@ -97,6 +104,21 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Each tensor, array and long bytes object by its path, such as "model.linear.weight"."""
         return {path: _info(node, path) for path, node in tensors(self._manifest.tree, self._manifest.segment_bytes)}
+
+
+def _html(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is, and its tensors, the largest first."""
+    manifest = checkpoint._manifest
+    facts = [
+        ("saved (UTC)", f"{time_text(manifest.created)} by {manifest.writer.host}"),
+        ("in memory", bytes_text(manifest.raw_bytes)),
+        ("stored", f"{bytes_text(manifest.stored_bytes)}, {bytes_text(manifest.new_bytes)} of it new"),
+        *((name, to_text(value)) for name, value in (*pairs(manifest.metrics), *pairs(manifest.metadata))),
+    ]
+    tensors = sorted(checkpoint.tensors().items(), key=lambda each: -each[1].bytes)
+    rows = [(path, each.dtype, str(list(each.shape)), bytes_text(each.bytes)) for path, each in tensors[:MAX_ROWS]]
+    title = caption(f"Checkpoint {checkpoint.run}@{checkpoint.step}", counted(len(tensors), "tensor"))
+    return title + table(("", ""), facts) + table(("tensor", "dtype", "shape", "bytes"), rows)
 
 
 def _info(node: TensorNode, path: str) -> TensorInfo:

@@ -19,6 +19,7 @@ from ckptstore.pipeline import Progress, background_threads, give_way, worker_th
 from ckptstore.writer import now_text
 
 if TYPE_CHECKING:
+    import pandas
     import torch
     from torch.distributed import ProcessGroup
 
@@ -52,6 +53,12 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Store({self._objects.url!r}).run({self.name!r})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the checkpoints. Reads a manifest for each that is shown."""
+        from ckptstore import notebook
+
+        return notebook.run_html(self._objects, self.name)
 
     def save(
         self,
@@ -399,6 +406,19 @@ class Run:
             UnavailableError: the store cannot be reached or read.
         """
         return [Checkpoint(manifest) for manifest in usages.manifests(self._objects, self.name)]
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """The checkpoints as a table of pandas, by step: `created`, each metric, `raw_bytes`, `stored_bytes` and
+        `new_bytes`; metrics that are called like one of these as "metrics.NAME". Reads one manifest each.
+
+        Raises:
+            InvalidInputError: pandas is not installed.
+            CorruptError: a manifest is damaged.
+            UnavailableError: the store cannot be reached or read.
+        """
+        from ckptstore import tabulating
+
+        return tabulating.dataframe(self.checkpoints())
 
     def tag(self, step: int, name: str) -> None:
         """Give a checkpoint a tag: no prune that begins after this has returned deletes it.

@@ -76,6 +76,12 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the runs, and what they cost. Reads every manifest."""
+        from ckptstore import notebook
+
+        return notebook.store_html(self._objects)
+
     def run(self, name: str) -> Run:
         """The run of that name, which need not exist yet.
 

@@ -1,5 +1,6 @@
 """What a comparison of two checkpoints found, as values, as JSON, and in one sentence."""
 
+import json
 import math
 import re
 from collections import Counter
@@ -9,6 +10,8 @@ from typing import Any
 
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.diffing.trees import Change
+from ckptstore.markup import MAX_ROWS, caption, table
+from ckptstore.texts import bytes_text
 
 __all__ = ["Diff", "TensorDiff", "groups"]
 
@@ -127,6 +130,10 @@ class Diff:
         names = (f"{each.run}@{each.step}" for each in (self.before, self.after))
         return f"{' → '.join(names)}: {self.summary}"
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return _html(self)
+
     def to_json(self) -> dict[str, Any]:
         """As `ckptstore diff --json` prints it."""
         return {
@@ -209,3 +216,36 @@ def by_drift(tensors: Sequence[TensorDiff]) -> Iterator[TensorDiff]:
         return broken, drift, part
 
     return iter(sorted(tensors, key=key, reverse=True))
+
+
+def _html(diff: Diff) -> str:
+    """The summary of a comparison, what moved farthest, and what else changed."""
+    names = [f"{each.run}@{each.step}" for each in (diff.before, diff.after)]
+    moved = [
+        (
+            each.path,
+            "" if each.changed is None else f"{each.changed:.2%}",
+            _figure(each.relative_l2),
+            _figure(each.largest),
+            _figure(each.cosine),
+            bytes_text(each.bytes),
+        )
+        for each in diff.moved[:MAX_ROWS]
+    ]
+    changes = [
+        (f"{above}{each.path}", each.kind, _value(each.before), _value(each.after))
+        for above, those in (("", diff.changes), ("metrics.", diff.metrics), ("metadata.", diff.metadata))
+        for each in those[:MAX_ROWS]
+    ]
+    found = caption(" → ".join(names), diff.summary)
+    if moved:
+        found += table(("tensor", "changed", "relative L2", "largest", "cosine", "bytes"), moved)
+    return found + (table(("what else", "", "before", "after"), changes) if changes else "")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
