@@ -6,7 +6,7 @@ The counterpart of segments.py. Knows manifests and memory; which tensors are wa
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import blake3
@@ -273,8 +273,10 @@ class Assembly:
                 else:
                     job.wholes.append(memory[placed.start : placed.stop])
         for want in wanted:
+            segment = self.manifest.segments[want.segment]
+            folded, folding = _folded(want, segment)
             for placed in self.manifest.placed(want.segment):
-                if pieces := list(_pieces(want, placed, self.manifest.segments[want.segment])):
+                if pieces := list(_pieces(folded, placed, segment, folding)):
                     job_of(placed.chunk).boxes.extend(pieces)
         return list(jobs.values())
 
@@ -304,8 +306,18 @@ def _new_memory(length: int) -> ByteArray:
     return room[start : start + length]
 
 
-def _pieces(want: _Wanted, placed: Placed, segment: Segment) -> Iterator[_Piece]:
-    """What a chunk holds of a box that is wanted."""
+def _folded(want: _Wanted, segment: Segment) -> tuple[_Wanted, boxes.Folding | None]:
+    """The same in as few dimensions as can be, so that a manifest with very many of them is not more work."""
+    if not want.into.flags.c_contiguous:
+        return want, None  # memory of the user's: so many dimensions have its tensors
+    held = (((*block.at, 0), (*block.shape, segment.item_bytes)) for block in segment.blocks or ())
+    folding = boxes.fold(want.shape, [want.box, *held])
+    box = folding.box(want.box)
+    return replace(want, shape=folding.sizes(want.shape), box=box, into=want.into.reshape(box[1])), folding
+
+
+def _pieces(want: _Wanted, placed: Placed, segment: Segment, folding: boxes.Folding | None) -> Iterator[_Piece]:
+    """What a chunk holds of a box that is wanted, both folded."""
     if segment.shape is None:
         length = math.prod(want.shape)
         first, start, stop = placed.offset, placed.start - want.start, placed.stop - want.start
@@ -316,6 +328,7 @@ def _pieces(want: _Wanted, placed: Placed, segment: Segment) -> Iterator[_Piece]
     else:
         (at, shape), first = placed.box, placed.offset
         at, shape, start, stop = (*at, 0), (*shape, segment.item_bytes), placed.start, placed.stop
+        at, shape = folding.box((at, shape)) if folding else (at, shape)
         if boxes.common(want.box, (at, shape)) is None:
             return
     for box, before in boxes.boxes_of_range(shape, start, stop):

@@ -6,6 +6,7 @@ A box is where it begins and how long it is, in each dimension.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 MAX_CUT_DIMENSIONS = 4
 """Along how many dimensions an array may be cut into blocks; looking for gaps and overlaps takes 2 to that power."""
@@ -51,6 +52,34 @@ def flat_range(shape: Sequence[int], box: Box) -> tuple[int, int] | None:
             return None
         is_whole = is_whole and size == end
     return start, start + math.prod(sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """Dimensions taken together that no box is cut along: one dimension for each cut one and those behind it.
+
+    What is left are one more than dimensions that are cut, however many a shape has: work grows with those.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    """Of each dimension that is left: the first of those that it stands for, and the one behind the last."""
+
+    def sizes(self, sizes: Sizes) -> Sizes:
+        """The same sizes, folded."""
+        return tuple(math.prod(sizes[first:stop]) for first, stop in self.groups)
+
+    def box(self, box: Box) -> Box:
+        """The same box, folded."""
+        at, sizes = box
+        starts = (at[first] * math.prod(sizes[first + 1 : stop]) for first, stop in self.groups)
+        return tuple(starts), self.sizes(sizes)
+
+
+def fold(shape: Sequence[int], boxes: Iterable[Box]) -> Folding:
+    """How an array of `shape` can be folded for all of these boxes of it."""
+    cut = {number for _, sizes in boxes for number, size in enumerate(sizes) if size != shape[number]}
+    firsts = sorted({0, *cut}) if shape else []
+    return Folding(tuple(itertools.pairwise([*firsts, len(shape)])))
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Box, int]]:

@@ -101,3 +101,31 @@ def test_a_box_is_a_range_if_its_elements_lie_side_by_side(cut: tuple[tuple[int,
 def test_what_two_boxes_have_in_common(one: blocks.Box, other: blocks.Box, both: blocks.Box | None) -> None:
     assert blocks.common(one, other) == both
     assert blocks.common(other, one) == both
+
+
+@given(tilings(), st.data())
+def test_folded_boxes_hold_the_same_elements_in_the_same_order(
+    cut: tuple[tuple[int, ...], list[blocks.Box]], data: st.DataObject
+) -> None:
+    shape, boxes = cut
+    whole = data.draw(st.integers(0, 3))
+    shape = (*shape, *[2] * whole)  # along these nothing is cut
+    boxes = [((*at, *[0] * whole), (*sizes, *[2] * whole)) for at, sizes in boxes]
+    folding = blocks.fold(shape, boxes)
+    numbers = np.arange(math.prod(shape))
+    for box in boxes:
+        folded = numbers.reshape(folding.sizes(shape))[slices(folding.box(box))]
+        assert folded.reshape(-1).tolist() == numbers.reshape(shape)[slices(box)].reshape(-1).tolist()
+
+
+def test_what_is_not_cut_takes_no_dimension_of_its_own() -> None:
+    shape = (2, 2, 6, 2, 2, 4)
+    boxes = [((0, 0, 0, 0, 0, 0), (2, 2, 3, 2, 2, 4)), ((0, 0, 3, 0, 0, 0), (2, 2, 3, 2, 2, 4))]
+    folding = blocks.fold(shape, boxes)
+    assert folding.sizes(shape) == (4, 96)
+    assert folding.box(boxes[1]) == ((0, 48), (4, 48))
+    assert blocks.fold((), [((), ())]).sizes(()) == ()
+
+
+def slices(box: blocks.Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(*box, strict=True))
