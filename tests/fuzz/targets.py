@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import ckptstore
 from ckptstore import chunk, errors, run, saving
+from ckptstore.assembly import Assembly
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.cli import main, target
 from ckptstore.codec import Sampled
@@ -55,6 +56,7 @@ from ckptstore.sealed import unseal
 from ckptstore.skeleton import find, leaves, tensors
 from ckptstore.testing import RecordingObjects
 from ckptstore.tree import unflatten
+from tests import joint
 from tests.fuzz import mutating
 from tests.fuzz.mutating import SAVES
 from tests.fuzz.watching import Watched, watch
@@ -270,7 +272,10 @@ def _state(step: int) -> dict[str, Any]:
 
 @cache
 def valid_stores() -> list[Parts]:
-    """Stores of each codec, with deltas, fences, tombstones, sessions, condemned lists and several runs."""
+    """Stores of each codec, with deltas, fences, tombstones, sessions, condemned lists and several runs.
+
+    And one whose checkpoints several processes have saved, so that tensors are put together of blocks.
+    """
     found = []
     numbers = itertools.count(1)
     with (
@@ -285,11 +290,20 @@ def valid_stores() -> list[Parts]:
             now_text=lambda: TIME,
             this_writer=lambda: WRITER,
         ),
+        mock.patch.multiple(
+            joint,
+            new_joint_save_id=lambda: f"{next(numbers):032x}",
+            now_text=lambda: TIME,
+            this_writer=lambda: WRITER,
+        ),
     ):
         codecs: tuple[Codec, ...] = ("fast", "small", "none")
-        for codec in codecs:
+        for codec in (*codecs, None):
             place = MemoryObjects(f"memory://{uuid.uuid4().hex}")
-            _fill(ckptstore.Store(place, codec=codec, threads=1))
+            if codec is None:
+                _fill_jointly(place)
+            else:
+                _fill(ckptstore.Store(place, codec=codec, threads=1))
             for key, value in _bystanders(place).items():
                 place.put(key, encode(value))
             found.append({row.key: place.get(row.key) or b"" for row in place.list("")})
@@ -304,6 +318,35 @@ def _fill(store: ckptstore.Store) -> None:
     store.run("other").save({"x": torch.ones(3)}, step=7, metadata={"sizes": (1, 2)})
     store.run("other").save({"x": torch.zeros(3)}, step=8)
     store.run("other").delete(8)
+
+
+def _fill_jointly(place: MemoryObjects) -> None:
+    """Tensors cut into rows, columns and a grid, of few dimensions and of many, in chunks of their own and bundled."""
+    for step in (1, 2, 3):
+        parts: list[list[joint.Given]] = [[], []]
+        for path, tensor in _joint_state(step).items():
+            for number, (at, sizes) in enumerate(_CUTS[path]):
+                shard = tensor[tuple(slice(start, start + size) for start, size in zip(at, sizes, strict=True))]
+                parts[number % 2].append((tuple(path.split(".")), shard, at, tuple(tensor.shape)))
+        joint.save(place, "lstm", step, parts, {"step": step, "keys": {1: "a"}}, carried_bytes=100)
+    ckptstore.Store(place, threads=1).run("other").save({"half": torch.ones(5)}, step=7)
+
+
+def _joint_state(step: int) -> dict[str, torch.Tensor]:
+    return {
+        "model.weight": torch.arange(20 * 24.0).reshape(20, 24) + step,
+        "model.bias": torch.arange(6.0) * step,
+        "optimizer.grid": torch.arange(8 * 6 * 2.0).reshape(8, 6, 2) + step,
+        "half": torch.ones(2, 1, 1, 1, 3, 1, 2, 1, dtype=torch.bfloat16) * step,
+    }
+
+
+_CUTS: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    "model.weight": [((0, 0), (20, 10)), ((0, 10), (20, 14))],
+    "model.bias": [((0,), (2,)), ((2,), (4,))],
+    "optimizer.grid": [((row, column, 0), (4, 3, 2)) for row in (0, 4) for column in (0, 3)],
+    "half": [((at, *[0] * 7), (1, 1, 1, 1, 3, 1, 2, 1)) for at in (0, 1)],
+}
 
 
 def _bystanders(place: MemoryObjects) -> dict[str, Session | Ended | Condemned]:
@@ -492,11 +535,39 @@ def _restore(**options: Any) -> Callable[[RecordingObjects, Path], Any]:
         destination = _state(0)
         destination = {name: destination[name] for name in ("model", "optimizer", "views", "half", "keys")}
         destination["views"] = [torch.zeros(64, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)]
+        if any(b'"blocks"' in (objects.inner.get(row.key) or b"") for row in objects.inner.list("runs/lstm/")):
+            wanted = {path: torch.zeros_like(tensor) for path, tensor in _joint_state(0).items()}
+            destination = {"model": {}, "optimizer": {}, "half": wanted.pop("half"), "keys": {1: ""}}
+            for path, tensor in wanted.items():
+                part, _, name = path.partition(".")
+                destination[part][name] = tensor
         found = _quietly(lambda: _run(objects).restore(destination, **options))
         if found is not None:
             repr(found)
 
     return act
+
+
+def _load_boxes(objects: RecordingObjects, folder: Path) -> None:
+    """The middle of every tensor, as a process does that has a shard of it."""
+    manifest = _run(objects).checkpoint(3)._manifest
+    assembly = Assembly(manifest)
+    for _, node in tensors(manifest.tree, manifest.segment_bytes):
+        at = tuple(size // 3 for size in node.shape)
+        sizes = tuple(max(1, size // 2) if size else 0 for size in node.shape)
+        if (
+            node.tag == "tensor"
+            and all(sizes)
+            and all(a + b <= c for a, b, c in zip(at, sizes, node.shape, strict=True))
+        ):
+            assembly.want_box(node, (at, sizes), np.zeros((*sizes, node.item_bytes), np.uint8))
+    assembly.fill(objects, 1)
+
+
+def _notebook(store: ckptstore.Store, folder: Path) -> str | None:
+    run = store.run("lstm")
+    shown = [store._repr_html_(), run._repr_html_(), *(each._repr_html_() for each in run.checkpoints())]
+    return "a notebook shows markup" if any("<script" in each for each in shown) else None
 
 
 def _api(act: Callable[[ckptstore.Run], Any]) -> Callable[[RecordingObjects, Path], Any]:
@@ -575,6 +646,12 @@ OPERATIONS: dict[str, Callable[[RecordingObjects, Path], Any]] = {
     "usage": _of_store(lambda store, folder: store.usage()),
     "export to safetensors": _of_store(lambda store, folder: _exported(store, folder / "a.safetensors")),
     "export to torch": _of_store(lambda store, folder: _exported(store, folder / "a.pt")),
+    "load boxes": _load_boxes,
+    "diff": _of_store(lambda store, folder: str(store.diff("lstm@1", "lstm@3"))),
+    "diff, all read": _of_store(lambda store, folder: store.diff("lstm@3", "lstm@2", read="all").to_json()),
+    "notebook": _of_store(_notebook),
+    "ckptstore diff": _command("diff", f"{STORE}/lstm"),
+    "ckptstore diff --json": _command("diff", f"{STORE}/lstm@1", "@3", "--json", "--read", "nothing"),
     "ckptstore ls": _command("ls", STORE),
     "ckptstore ls --json": _command("ls", STORE, "--json"),
     "ckptstore ls of a run": _command("ls", f"{STORE}/lstm"),
