@@ -22,7 +22,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
               $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-integrations check format bench explore torture fuzz coverage clean
+.PHONY: help venv demo test test-integrations examples check format bench explore torture fuzz coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -61,6 +61,9 @@ $(INTEGRATIONS_VENV)/.installed: pyproject.toml constraints.txt
 	@if command -v npm > /dev/null; then npm install --silent --no-fund --no-audit --prefix $(INTEGRATIONS_VENV)/azurite azurite@3; \
 	else echo "There is no npm to install Azurite with: the tests on Azure will be skipped."; fi
 	@touch $@
+
+examples:  ## run each example in an empty environment with its extra, killed halfway and started again (10 minutes)
+	@$(PYTHON) examples/from_empty.py
 
 # Whatever else tests/docs has, its pages on these libraries run here alone.
 test-integrations: $(INTEGRATIONS_VENV)/.installed  ## run the tests with Lightning, Transformers, Accelerate, Keras, TensorFlow, Azurite

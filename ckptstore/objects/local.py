@@ -340,10 +340,13 @@ class LocalObjects(Objects):
 
     def _file_time(self) -> float:
         """Tell the time by the clock that stamps files here, which may be a server's."""
-        temporary = self._write_temporary(self._root, b"")
+        temporary = f"{self._root}/{TEMPORARY}{uuid.uuid4().hex}"
+        descriptor = self._open_new(self._root, temporary)
         try:
-            return os.stat(temporary).st_mtime
+            # By the descriptor: another process that tidies up may have taken the name away.
+            return os.fstat(descriptor).st_mtime
         finally:
+            os.close(descriptor)
             _unlink_quietly(temporary)
 
     def _entries(self, folder: str) -> builtins.list[os.DirEntry[str]]:

@@ -657,3 +657,17 @@ def test_a_file_that_a_collection_takes_for_a_dead_writers_is_written_again(
     assert taken == 1
     assert objects.get("runs/key") == b"content"
     assert objects.leftovers(-1, remove=False) == []
+
+
+def test_two_processes_may_tidy_up_at_the_same_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = LocalObjects(str(root))
+    objects.put("a", b"x")
+    opened = LocalObjects._open_new
+
+    def open_and_lose(self: LocalObjects, folder: str, path: str) -> int:
+        descriptor = opened(self, folder, path)
+        Path(path).unlink()  # as the other does, which takes it for a leftover
+        return descriptor
+
+    monkeypatch.setattr(LocalObjects, "_open_new", open_and_lose)
+    assert objects.leftovers(0, remove=True) == []
