@@ -5,14 +5,15 @@ right to write, so a mark that cannot be made is no error.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from typing import Any
 
 from ckptstore import protocol
 from ckptstore.errors import CorruptError, UnavailableError
 from ckptstore.format import condemned_key, new_save_id
 from ckptstore.manifest import Condemned, encode, format_naming
 from ckptstore.objects.base import Objects
-from ckptstore.performing import Performer
+from ckptstore.pipeline import each
 from ckptstore.writer import now_text
 
 
@@ -42,7 +43,26 @@ def marked_corrupt(objects: Objects, *, strict: bool = False) -> set[str]:
 
     Lists that cannot be read count as empty, or, if `strict`, raise CorruptError.
     """
-    lists = Performer(objects).perform(protocol.read_condemned())
+    lists = _looked(objects, protocol.read_condemned())
     if strict and None in lists:
         raise CorruptError(protocol.UNREADABLE_LIST)
     return {key for each in lists if each is not None and each.reason == "corrupt" for key in each.keys}
+
+
+def _looked(
+    objects: Objects, steps: "Generator[protocol.Operation, Any, list[Condemned | None]]"
+) -> list[Condemned | None]:
+    """What an operation that only lists and gets returns. A `Performer` would import all that encodes chunks."""
+    answer: Any = None
+    try:
+        while True:
+            match steps.send(answer):
+                case protocol.List(prefixes):
+                    answer = [row for prefix in prefixes for row in objects.list(prefix)]
+                case protocol.Get(keys):
+                    answer = each(objects.get, keys, threads=objects.request_threads)
+                case other:
+                    raise AssertionError(f"to look is no {other!r}")
+    except StopIteration as end:
+        found: list[Condemned | None] = end.value
+        return found

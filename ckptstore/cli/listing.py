@@ -9,8 +9,9 @@ import typer
 from ckptstore import catalog, tagging
 from ckptstore.chunk_numbers import ChunkNumbers
 from ckptstore.cli.options import Json, OptionalTarget, StorageOptions, examples
-from ckptstore.cli.printing import bytes_text, print_json, print_line, print_table, printable, time_text, warn
+from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, print_table, printable, time_text, warn
 from ckptstore.cli.target import Target, parse_options, resolve
+from ckptstore.condemning import marked_corrupt
 from ckptstore.errors import NotFoundError
 from ckptstore.format import ManifestKey
 from ckptstore.manifest import Manifest
@@ -38,12 +39,13 @@ def ls(target: OptionalTarget = None, storage_options: StorageOptions = None, as
     """List the runs of a store, or the steps of a run. The newest stands last.
 
     Sizes: LOGICAL is what the checkpoints would take if each were stored whole and uncompressed, STORED the size of the
-    different chunks that hold them, NEW what a save had to upload. A checkpoint whose manifest is damaged is reported,
-    and the exit status is 1.
+    different chunks that hold them, NEW what a save had to upload. Checkpoints that need a chunk that was found damaged
+    are marked; one whose manifest is damaged is reported, and the exit status is 1.
     """
     place = resolve(target, parse_options(storage_options))
     catalog.require_store(place.objects)
     found = _read(place)
+    damaged = sum(step["damaged"] for run in found.runs.values() for step in run.steps)
     if place.run is None:
         _list_runs(place.objects, found, as_json=as_json)
     else:
@@ -51,6 +53,8 @@ def ls(target: OptionalTarget = None, storage_options: StorageOptions = None, as
     if not as_json:
         for key in found.damaged:
             warn(f"the manifest of step {key.step} of run {key.run!r} is damaged: {key}. See ckptstore verify.")
+        if damaged:
+            warn(f"{counted(damaged, 'checkpoint')} cannot be restored whole: see ckptstore repair.")
     return DAMAGED if found.damaged else 0
 
 
@@ -63,7 +67,7 @@ class _Run:
     chunks: set[int] = field(default_factory=set)
     newest_created: str = ""
 
-    def add(self, manifest: Manifest, chunks: Iterable[int]) -> None:
+    def add(self, manifest: Manifest, chunks: Iterable[int], *, damaged: bool) -> None:
         self.newest_created = max(self.newest_created, manifest.created)
         self.chunks.update(chunks)
         self.steps.append(
@@ -74,6 +78,7 @@ class _Run:
                 "raw_bytes": manifest.raw_bytes,
                 "stored_bytes": manifest.stored_bytes,
                 "new_bytes": manifest.new_bytes,
+                "damaged": damaged,
             }
         )
 
@@ -95,9 +100,12 @@ def _read(place: Target) -> _Found:
     listed = catalog.list_runs(objects) if run is None else {run: catalog.list_run(objects, run)}
     steps = [rows for found in listed.values() for step, rows in found.by_step.items() if place.step in (None, step)]
     found = _Found()
+    corrupt = marked_corrupt(objects)
     for manifest, damaged in catalog.read_steps(objects, steps):
         if manifest is not None:
-            found.runs.setdefault(manifest.run, _Run()).add(manifest, found.chunks.of(manifest))
+            needs_damaged = bool(corrupt) and any(ref.key in corrupt for ref in manifest.chunks)
+            run_found = found.runs.setdefault(manifest.run, _Run())
+            run_found.add(manifest, found.chunks.of(manifest), damaged=needs_damaged)
         else:
             found.damaged += damaged
     if run is not None and not found.runs and not found.damaged:
@@ -114,6 +122,7 @@ def _list_runs(objects: Objects, found: _Found, *, as_json: bool) -> None:
             {
                 "run": name,
                 "checkpoints": len(run.steps),
+                "damaged": sum(step["damaged"] for step in run.steps),
                 "newest_step": newest["step"],
                 "created": newest["created"],
                 "logical_bytes": sum(step["raw_bytes"] for step in run.steps),
@@ -147,6 +156,7 @@ def _list_steps(place: Target, found: _Found, *, as_json: bool) -> None:
     run = place.require_run()
     steps = found.runs[run].steps if run in found.runs else []
     tags = tagging.listed(place.objects, run)
+    any_damaged = any(step["damaged"] for step in steps)
     if as_json:
         checkpoints = [
             {**step, "tags": list(tags.get(step["step"], ())), "metrics": to_json(step["metrics"])} for step in steps
@@ -155,7 +165,11 @@ def _list_steps(place: Target, found: _Found, *, as_json: bool) -> None:
         print_json({"store": store, "run": run, "checkpoints": checkpoints, "damaged": found.damaged_json()})
         return
     print_table(
-        ("STEP", "SAVED (UTC)", "LOGICAL", "STORED", "NEW", "METRICS", *(("TAGS",) if tags else ())),
+        (
+            *("STEP", "SAVED (UTC)", "LOGICAL", "STORED", "NEW", "METRICS"),
+            *(("TAGS",) if tags else ()),
+            *(("DAMAGE",) if any_damaged else ()),
+        ),
         [
             (
                 str(step["step"]),
@@ -165,6 +179,7 @@ def _list_steps(place: Target, found: _Found, *, as_json: bool) -> None:
                 bytes_text(step["new_bytes"]),
                 "  ".join(f"{name}={to_text(value)}" for name, value in pairs(step["metrics"])),
                 *((" ".join(tags.get(step["step"], ())),) if tags else ()),
+                *(("damaged" if step["damaged"] else "",) if any_damaged else ()),
             )
             for step in steps
         ],

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ckptstore import catalog
+from ckptstore import catalog, tagging
 from ckptstore.cli import options
 from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, printable, time_text
 from ckptstore.cli.target import parse_options, resolve
+from ckptstore.condemning import marked_corrupt
 from ckptstore.errors import CorruptError
 from ckptstore.manifest import Manifest, checkpoint_digest
 from ckptstore.objects.base import Objects
@@ -62,11 +63,24 @@ def show(
     else:
         manifest = catalog.manifest_of(place.objects, run, place.step)
     root = _tree(manifest)
+    state = _State(
+        tagging.listed(place.objects, run).get(manifest.step, ()),
+        sorted({ref.key for ref in manifest.chunks} & marked_corrupt(place.objects)),
+    )
     if as_json:
-        print_json(_document(place.objects, manifest, root, depth))
+        print_json(_document(place.objects, manifest, root, depth, state))
     else:
-        _print(manifest, root, depth)
+        _print(manifest, root, depth, state)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What stands beside a checkpoint's manifest."""
+
+    tags: tuple[str, ...]
+    damaged: list[str]
+    """The keys of its chunks that were found damaged."""
 
 
 # ---- the tree
@@ -126,7 +140,7 @@ def _inside(node: Any) -> Any:
 # ---- for programs
 
 
-def _document(objects: Objects, manifest: Manifest, root: _Item, depth: int | None) -> dict[str, Any]:
+def _document(objects: Objects, manifest: Manifest, root: _Item, depth: int | None, state: _State) -> dict[str, Any]:
     return {
         "store": objects.url,
         "run": manifest.run,
@@ -137,6 +151,8 @@ def _document(objects: Objects, manifest: Manifest, root: _Item, depth: int | No
         "host": to_json(manifest.writer.host),
         "pid": manifest.writer.pid,
         "version": to_json(manifest.writer.version),
+        "tags": list(state.tags),
+        "damaged": state.damaged,
         "metrics": to_json(manifest.metrics),
         "metadata": to_json(manifest.metadata),
         "raw_bytes": manifest.raw_bytes,
@@ -165,7 +181,7 @@ def _entries(item: _Item, depth: int | None) -> Iterator[dict[str, Any]]:
 # ---- for people
 
 
-def _print(manifest: Manifest, root: _Item, depth: int | None) -> None:
+def _print(manifest: Manifest, root: _Item, depth: int | None, state: _State) -> None:
     print_line(f"{manifest.run}@{manifest.step}", bold=True)
     writer = manifest.writer
     _print_aligned(
@@ -175,6 +191,8 @@ def _print(manifest: Manifest, root: _Item, depth: int | None) -> None:
             ("in memory", bytes_text(manifest.raw_bytes)),
             ("stored", f"{bytes_text(manifest.stored_bytes)}, {bytes_text(manifest.new_bytes)} of it new"),
             ("digest", checkpoint_digest(manifest)),
+            *([("tags", " ".join(state.tags))] if state.tags else []),
+            *([("damaged", f"{counted(len(state.damaged), 'chunk')}: see ckptstore repair")] if state.damaged else []),
             *((f"metrics.{name}", _shortened(to_text(value))) for name, value in pairs(manifest.metrics)),
             *((f"metadata.{name}", _shortened(to_text(value))) for name, value in pairs(manifest.metadata)),
         ]

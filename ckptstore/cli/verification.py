@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 DAMAGED = 1
+MAX_NAMES = 8
+"""Of what needs one damaged object."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -83,10 +85,14 @@ def _document(store: str, run: str | None, report: "VerifyReport") -> dict[str, 
 
 
 def _print(report: "VerifyReport") -> None:
-    for each in report.damaged:
-        print_line(f"damaged: {_name(each)}", bold=True)
-        print_line(f"  key     {printable(each.key)}")
-        print_line(f"  reason  {printable(each.reason)}")
+    for (key, reason), names in _by_object(report).items():
+        print_line(f"damaged: {names[0]}", bold=True)
+        for name in names[1:MAX_NAMES]:
+            print_line(f"         {name}")
+        if len(names) > MAX_NAMES:
+            print_line(f"         and {len(names) - MAX_NAMES} more (--json has them all)")
+        print_line(f"  key     {printable(key)}")
+        print_line(f"  reason  {printable(reason)}")
     for each in report.harmless:
         print_line(f"harmless: {printable(each.key)} is damaged; no checkpoint needs it, and no save takes it up")
     for key in report.unknown:
@@ -105,6 +111,14 @@ def _print(report: "VerifyReport") -> None:
     print_line("What to do:")
     for line in _advice(report):
         print_line(f"- {line}")
+
+
+def _by_object(report: "VerifyReport") -> dict[tuple[str, str], list[str]]:
+    """What needs each damaged object: a chunk may be in a hundred checkpoints."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for each in report.damaged:
+        found.setdefault((each.key, each.reason), []).append(_name(each))
+    return found
 
 
 def repair(target: OptionalTarget = None, storage_options: StorageOptions = None, as_json: Json = False) -> int:

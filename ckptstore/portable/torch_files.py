@@ -15,8 +15,16 @@ __all__ = ["check_dtypes", "read", "write"]
 
 
 def check_dtypes(manifest: Manifest) -> None:
-    """Raise UnsupportedFormatError, naming the tensor, if this torch lacks a dtype."""
+    """Raise, naming the tensor, if this torch lacks a dtype, or if torch.save cannot hold it beside another."""
+    dtype_of: dict[int, tuple[str, str]] = {}
     for path, node in tensors(manifest.tree, manifest.segment_bytes):
+        if node.tag == "tensor" and node.span_bytes:
+            dtype, first = dtype_of.setdefault(node.segment, (node.dtype, path))
+            if dtype != node.dtype:
+                raise InvalidInputError(
+                    f"{path} ({node.dtype}) shares memory with {first} ({dtype}), and files of torch.save cannot hold "
+                    "two types of the same memory: export to .safetensors, which has a copy of each."
+                )
         if node.tag == "tensor" and node.dtype not in TORCH_DTYPES:
             raise UnsupportedFormatError(
                 f"{path} has dtype {node.dtype}, which torch {torch.__version__} lacks: install a newer torch."

@@ -134,6 +134,33 @@ def test_ls_shows_the_steps_of_a_run_with_their_metrics(cli: Cli, ckpts: str) ->
     assert lines[1].endswith("loss=0.25  norm=nan  accuracy=0.5")
 
 
+def test_ls_and_show_tell_of_chunks_that_were_found_damaged(cli: Cli, ckpts: str) -> None:
+    ckptstore.Store("ckpts").run("lstm").tag(200, "best")
+    flip(chunk_of("model.weight"))
+    assert "DAMAGE" not in cli("ls", f"{ckpts}/lstm").out
+    assert cli("verify", ckpts).status == 1
+    done = cli("ls", f"{ckpts}/lstm")
+    assert done.status == 0
+    assert [line.split()[-1] for line in done.out.splitlines()] == ["DAMAGE", "accuracy=0.5", "damaged"]
+    assert "1 checkpoint cannot be restored whole" in done.err
+    assert [row["damaged"] for row in cli("ls", f"{ckpts}/lstm", "--json").document["checkpoints"]] == [False, True]
+    out = cli("show", f"{ckpts}/lstm").out
+    assert re.search("^tags +best$", out, re.MULTILINE)
+    assert re.search("^damaged +1 chunk: see ckptstore repair$", out, re.MULTILINE)
+    assert cli("show", f"{ckpts}/lstm@100", "--json").document["damaged"] == []
+
+
+def test_verify_tells_of_a_damaged_chunk_once_whatever_needs_it(cli: Cli, ckpts: str) -> None:
+    for step in range(300, 310):
+        ckptstore.Store("ckpts").run("lstm").save({"embed": torch.arange(20_000.0)}, step=step)
+    flip(chunk_of("embed"))
+    lines = cli("verify", ckpts).out.splitlines()
+    assert sum("key " in line for line in lines) == 1
+    assert lines[0] == "damaged: run base, step 0: embed"
+    assert lines[1] == "         run lstm, step 100: embed"
+    assert lines[8].startswith("         and ")
+
+
 def test_ls_shows_one_step_alone_if_it_is_named(cli: Cli, ckpts: str) -> None:
     assert [line.split()[0] for line in cli("ls", f"{ckpts}/lstm@100").out.splitlines()] == ["STEP", "100"]
 
@@ -228,7 +255,7 @@ def test_verify_names_each_damaged_tensor_and_says_what_to_do(cli: Cli, ckpts: s
     done = cli("verify", ckpts)
     assert done.status == 1
     for name in ("run lstm, step 100: embed", "run lstm, step 200: tied", "run base, step 0: embed"):
-        assert f"damaged: {name}\n" in done.out
+        assert f" {name}\n" in done.out
     assert f"  key     {chunk.relative_to('ckpts')}\n  reason  " in done.out
     assert "What to do:\n- " in done.out
 
@@ -403,11 +430,11 @@ def test_import_over_another_state_is_refused(cli: Cli, ckpts: str) -> None:
 ROWS: dict[tuple[str, ...], tuple[str, set[str]]] = {
     ("ls", "ckpts"): (
         "runs",
-        {"run", "checkpoints", "newest_step", "created", "logical_bytes", "stored_bytes"},
+        {"run", "checkpoints", "damaged", "newest_step", "created", "logical_bytes", "stored_bytes"},
     ),
     ("ls", "ckpts/lstm"): (
         "checkpoints",
-        {"step", "created", "tags", "metrics", "raw_bytes", "stored_bytes", "new_bytes"},
+        {"step", "created", "tags", "metrics", "raw_bytes", "stored_bytes", "new_bytes", "damaged"},
     ),
     ("du", "ckpts"): ("runs", {"run", "checkpoints", "logical_bytes", "stored_bytes", "shared_bytes"}),
 }
@@ -416,7 +443,7 @@ FIELDS: dict[tuple[str, ...], set[str]] = {
     ("ls", "ckpts/lstm"): {"store", "run", "checkpoints", "damaged"},
     ("show", "ckpts/lstm"): {
         *("store", "run", "step", "save", "digest", "created", "host", "pid", "version", "metrics", "metadata"),
-        *("raw_bytes", "stored_bytes", "new_bytes", "tree"),
+        *("tags", "damaged", "raw_bytes", "stored_bytes", "new_bytes", "tree"),
     },
     ("verify", "ckpts"): {
         *("store", "run", "ok", "quick", "checkpoints", "chunks", "bytes", "damaged", "harmless", "unknown", "marked"),

@@ -522,3 +522,13 @@ def test_however_many_paths_read_the_same_each_name_is_tried_once(
     monkeypatch.setattr(safetensors_files, "tensors", lambda tree, lengths: [(path, None)] * count)
     assert safetensors_files.names_of(manifest) == ["a", *(f"a#{number}" for number in range(2, count + 1))]
     assert tried == count - 1
+
+
+def test_what_torch_save_cannot_hold_is_refused_before_a_file_is_made(run: Run, tmp_path: Path) -> None:
+    numbers = torch.arange(4.0)
+    run.save({"numbers": numbers, "bits": numbers.view(torch.int32)}, step=1)
+    with pytest.raises(InvalidInputError, match=r"bits \(int32\) shares memory with numbers \(float32\)"):
+        run.export(tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()
+    run.export(tmp_path / "a.safetensors")
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["bits"], numbers.view(torch.int32))
