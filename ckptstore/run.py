@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ckptstore import compacting, saving, segments
+    from ckptstore.portable.content import Portable
 
 __all__ = ["Run", "Shared"]
 
@@ -287,41 +288,52 @@ class Run:
         step: int | None = None,
         expect: str | None = None,
         overwrite: bool = False,
+        format: Literal["file", "dcp", "folder"] = "file",
         progress: Progress | None = None,
     ) -> Checkpoint:
-        """Write a checkpoint to a file that other programs read; every byte of it is verified on the way.
+        """Write a checkpoint to a file or folder that other programs read; every byte of it is verified on the way.
 
         The ending of its name chooses the format. `.safetensors`: each tensor by its path, and the rest of the tree,
         the metrics and the metadata as JSON in the file's metadata, so that `import_file` gives back all of it.
         `.pt` (`.pth`, `.ckpt`, `.bin`): `torch.save` of the tree, with values of registered types as plain trees.
-        The file appears whole or not at all.
+        File and folder appear whole or not at all.
 
         Args:
-            path: the file.
+            path: the file, or the folder.
             step: which checkpoint; None is the newest.
             expect: the `digest` of the checkpoint that it has to be.
-            overwrite: put the new file in the place of one that is there.
+            overwrite: put the new file in the place of one that is there. A folder gives way if there is nothing in it
+                but a checkpoint of this format.
+            format: "dcp" writes a folder of torch.distributed.checkpoint. "folder" writes the folder that was saved
+                file by file, as those of Hugging Face's Trainer are.
             progress: called with the bytes read so far and those to be read in all, from any thread, one at a time.
 
         Returns:
             The checkpoint that was exported.
 
         Raises:
-            InvalidInputError: the format cannot hold a tensor, which is named; or `path` has another ending; or the
-                package safetensors is not installed; or `expect` is no digest. No file was written.
-            ConflictError: there is such a file, and `overwrite` is False.
+            InvalidInputError: the format cannot hold a tensor, which is named, or this state; or `path` has another
+                ending; or the package safetensors is not installed; or `expect` is no digest. Nothing was written.
+            ConflictError: there is such a file or folder, and `overwrite` is False.
             NotFoundError: there is no such store, run, step or folder.
             CorruptError: the checkpoint is damaged, the text names the tensors; or it is not the one that is expected.
             UnavailableError: the backend or the disk failed.
         """
         from ckptstore import portable
 
+        if format not in ("file", "dcp", "folder"):
+            raise InvalidInputError(f"format must be 'file', 'dcp' or 'folder', not {format!r:.40}.")
         expected = None if expect is None else check_digest(expect)
         self._wait()
         manifest = catalog.require_digest(self._manifest(step), expected)
-        portable.export_file(
-            self._objects, manifest, path, threads=self._threads, overwrite=overwrite, progress=progress
-        )
+        if format == "file":
+            portable.export_file(
+                self._objects, manifest, path, threads=self._threads, overwrite=overwrite, progress=progress
+            )
+        else:
+            portable.export_folder(
+                self._objects, manifest, path, format, threads=self._threads, overwrite=overwrite, progress=progress
+            )
         return Checkpoint(manifest)
 
     def import_file(
@@ -354,19 +366,29 @@ class Run:
             UnavailableError: the file cannot be read, or the backend failed.
             CheckpointError: an earlier `save_async` of this run failed, and nobody had asked for its result.
         """
-        from ckptstore import portable, saving, segments
+        from ckptstore import portable, saving
 
         number = check_step(step)
         with self._turn():
             given = saving.take_apart(None, metrics, metadata)
             found = portable.read_file(path)
+            if metrics is not None or found.metrics is None:
+                found.metrics = given.metrics
+            if metadata is not None or found.metadata is None:
+                found.metadata = given.metadata
+            return self._save_portable(found, number, replace=replace)
+
+    def _save_portable(
+        self, found: "Portable", step: int, *, replace: bool, progress: Progress | None = None
+    ) -> Checkpoint:
+        """Save what was read from a file, with its metrics and metadata."""
+        from ckptstore import saving, segments
+
+        with self._turn():
             snapshot = saving.Snapshot(
-                found.tree,
-                segments.find(found.leaves),
-                metrics=found.metrics if metrics is None and found.metrics is not None else given.metrics,
-                metadata=found.metadata if metadata is None and found.metadata is not None else given.metadata,
+                found.tree, segments.find(found.leaves), metrics=found.metrics or {}, metadata=found.metadata or {}
             )
-            return Checkpoint(self._saved(number, snapshot, replace))
+            return Checkpoint(self._saved(step, snapshot, replace, progress))
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order, from one listing; empty if there is none.

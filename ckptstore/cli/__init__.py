@@ -22,6 +22,7 @@ from ckptstore.cli import (
     differing,
     examination,
     files,
+    importing,
     listing,
     removal,
     showing,
@@ -74,7 +75,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 GROUPS = (
-    *(listing, showing, differing, verification, totals, files),
+    *(listing, showing, differing, verification, totals, files, importing),
     *(removal, collection, compaction, examination, benching),
 )
 """In the order of the help."""

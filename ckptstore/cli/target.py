@@ -96,9 +96,10 @@ def resolve(text: str | None, options: Mapping[str, Any] | None = None) -> Targe
 
 
 def resolve_new(text: str, options: Mapping[str, Any] | None = None) -> Target:
-    """What `text` means as a place for a new checkpoint: STORE/RUN@STEP, or RUN@STEP of the default store.
+    """What `text` means as a place for new checkpoints: STORE/RUN[@STEP], or RUN[@STEP] of the default store.
 
-    Nothing but the default store is looked at: the other store need not exist yet.
+    Nothing but the default store is looked at, as the other store need not exist yet; and without a step, whether
+    `text` is a whole store, which must not be taken for a run beside it.
 
     Raises:
         InvalidInputError: it is no such place.
@@ -108,10 +109,10 @@ def resolve_new(text: str, options: Mapping[str, Any] | None = None) -> Target:
     if above is None and "/" in text:
         raise InvalidInputError("that is no RUN@STEP in a store. Give STORE/RUN@STEP, such as ./ckpts/lstm@300.")
     run, step = split_run(name)
-    if step is None:
-        raise InvalidInputError(f"{name} names no step. Give the place of the new checkpoint as STORE/RUN@STEP.")
     if above is None:
         return Target(_default_store(options), run, step)
+    if step is None and _has_marker(whole := open_objects(_without_slash(text), options)):
+        raise InvalidInputError(f"{whole.url} is a whole store. Name a run in it, which may be new: STORE/RUN.")
     return Target(open_objects(above, options), run, step)
 
 

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from ckptstore.errors import (
     NotFoundError,
     retold,
 )
-from ckptstore.portable import read_plain
+from ckptstore.portable import lightning_files, read_plain
 from ckptstore.tree import registration_of
 
 __all__ = ["CkptstoreIO"]
@@ -39,8 +38,6 @@ __all__ = ["CkptstoreIO"]
 PLACEHOLDER = "ckptstore.placeholder"
 """The key in a placeholder that tells it from any other JSON file."""
 MAX_PLACEHOLDER_BYTES = 65536
-MAX_RUN_NAME = 100
-"""Names of runs that are made from it have to fit into the 128 characters that a name may have."""
 
 
 class CkptstoreIO(CheckpointIO):
@@ -81,9 +78,9 @@ class CkptstoreIO(CheckpointIO):
             raise InvalidInputError("storage_options go with a URL: the Store that was given has its own.")
         self._options = storage_options
         self._store = store if isinstance(store, Store) else Store(os.fspath(store), storage_options)
-        if len(self._store.run(run).name) > MAX_RUN_NAME:
+        if len(self._store.run(run).name) > lightning_files.MAX_RUN_NAME:
             raise InvalidInputError(
-                f"{run!r} is too long for a run of Lightning's: use at most {MAX_RUN_NAME} letters."
+                f"{run!r} is too long for a run of Lightning's: use at most {lightning_files.MAX_RUN_NAME} letters."
             )
         self._run = run
         self._background = background
@@ -179,16 +176,15 @@ class CkptstoreIO(CheckpointIO):
             raise TypeError("storage_options of a single save make no sense here: give them to CkptstoreIO.")
         self._settle()
         name = _normal(path)
-        step = _step_of(checkpoint)
+        step = lightning_files.step_of(checkpoint)
         self._files.read_once()
         self._require_own(name)
         chosen, number = self._files.choose(name, step)
-        about = {"run": self._run, "path": name, "resumable": _is_resumable(checkpoint, step)}
         run = self._store.run(chosen)
         arguments: dict[str, Any] = {
             "step": number,
-            "metrics": _metrics_of(checkpoint),
-            "metadata": {"lightning": about},
+            "metrics": lightning_files.metrics_of(checkpoint),
+            "metadata": lightning_files.metadata_of(checkpoint, self._run, name),
             "replace": self._files.taken.get((chosen, number)) == name,
         }
         try:
@@ -461,7 +457,7 @@ class _Files:
         for place in self.by_path.get(path, ()):
             if place.step == number:
                 return place.run, number
-        side = f"{self.run}.{_run_part(path)}"[: MAX_RUN_NAME + 20]
+        side = lightning_files.side_run(self.run, path)
         numbered = (f"{side}.{number}" for number in range(2, len(self.taken) + 3))
         names = (side, *numbered) if step is None else (self.run, side, *numbered)
         return next((name, number) for name in names if (name, number) not in self.taken)
@@ -487,37 +483,6 @@ def _normal(path: str | os.PathLike[str]) -> str:
     """A path as its checkpoint's metadata have it: absolute, or a URL."""
     text = os.fspath(path)
     return text if "://" in text else os.path.normpath(Path(text).absolute())
-
-
-def _run_part(path: str) -> str:
-    """What a path adds to the name of a run: its name, without characters that such a name cannot have."""
-    return re.sub(r"[^A-Za-z0-9._+=,-]", "_", Path(path).stem) or "_"
-
-
-def _step_of(checkpoint: Mapping[str, Any]) -> int | None:
-    """Of a Trainer's checkpoint, or a Fabric's that says so; None of what has no step, such as weights alone."""
-    for key in ("global_step", "step"):
-        step = checkpoint.get(key)
-        if type(step) is int and step >= 0:
-            return step
-    return None
-
-
-def _is_resumable(checkpoint: Mapping[str, Any], step: int | None) -> bool:
-    """Not the weights alone, which `save_weights_only=True` saves."""
-    return step is not None and ("state_dict" not in checkpoint or "optimizer_states" in checkpoint)
-
-
-def _metrics_of(checkpoint: Mapping[str, Any]) -> dict[str, float]:
-    """What callbacks such as ModelCheckpoint monitor, as it is now."""
-    callbacks = checkpoint.get("callbacks")
-    metrics = {}
-    for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        if isinstance(state, dict) and isinstance(state.get("monitor"), str):
-            score = state.get("current_score")
-            if isinstance(score, torch.Tensor) and score.numel() == 1:
-                metrics[state["monitor"]] = float(score)
-    return metrics
 
 
 def _write_json(name: str, about: Mapping[str, Any]) -> None:

@@ -17,11 +17,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ckptstore import PendingSave, Run
 from ckptstore.errors import CheckpointWarning, ConflictError, CorruptError, InvalidInputError, NotFoundError
-from ckptstore.portable import read_folder, write_folder
+from ckptstore.portable import read_folder, trainer_folders, write_folder
+from ckptstore.portable.trainer_folders import TRAINER_STATE
 
 __all__ = ["CkptstoreCallback"]
-
-TRAINER_STATE = "trainer_state.json"
 
 
 class CkptstoreCallback(TrainerCallback):
@@ -110,8 +109,8 @@ class CkptstoreCallback(TrainerCallback):
         saved = save(
             files,
             step=state.global_step,
-            metrics=_metrics(state),
-            metadata={"transformers": {"epoch": state.epoch}},
+            metrics=trainer_folders.metrics_of(state.log_history, state.global_step),
+            metadata=trainer_folders.metadata_of(state.epoch),
             replace=self._goes_on,
         )
         self._goes_on = True
@@ -192,21 +191,6 @@ def _best_step(trainer_state: bytes) -> int | None:
     best = json.loads(trainer_state).get("best_model_checkpoint")
     number = re.search(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)$", best or "")
     return int(number[1]) if number else None
-
-
-def _metrics(state: TrainerState) -> dict[str, float]:
-    """What was logged at this step, without what only tells how fast it went."""
-    metrics: dict[str, float] = {}
-    for entry in state.log_history:
-        if entry.get("step") == state.global_step:
-            metrics |= {
-                name: float(value)
-                for name, value in entry.items()
-                if isinstance(value, int | float)
-                and name not in ("step", "epoch")
-                and not re.search(r"_runtime$|_per_second$", name)
-            }
-    return metrics
 
 
 def _warn_of_missing_ranks(files: dict[str, Any], world_size: int) -> None:

@@ -17,9 +17,11 @@ class Portable:
         leaves: its tensors.
         metrics: the skeleton of the metrics; None if the file has none.
         metadata: the skeleton of the metadata; likewise.
+        step: the step that it was exported from; None if the file does not tell.
     """
 
     tree: Any
     leaves: list[TensorLeaf]
     metrics: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
+    step: int | None = None

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckptstore.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
 
-__all__ = ["check_destination", "explained", "write_whole"]
+__all__ = ["check_destination", "check_folder", "explained", "place_folder", "write_whole"]
 
 
 def check_destination(file: Path, *, overwrite: bool) -> None:
@@ -56,6 +57,50 @@ def _rename(temporary: Path, file: Path, *, overwrite: bool) -> None:
         if file.exists():
             raise _exists(file) from None
         temporary.replace(file)
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise what `place_folder` would raise in the end, before the work is done."""
+    if not folder.parent.is_dir():
+        raise NotFoundError(f"there is no folder {folder.parent}. Make it first.")
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInputError(f"{folder} is a file. Name a folder.")
+    if folder.exists() and not overwrite:
+        raise _exists(folder)
+
+
+def place_folder(new: Path, folder: Path, *, overwrite: bool, durable: bool = True) -> None:
+    """Give a finished folder beside `folder` its name, when it is durable. Raises ConflictError, OSError."""
+    if durable:
+        _sync_below(new)
+    old = new.with_suffix(".old")
+    try:
+        if overwrite and folder.exists():
+            folder.rename(old)
+        elif folder.exists():
+            raise _exists(folder)
+        try:
+            # A folder that is not empty is never replaced by this, whoever made it meanwhile.
+            new.rename(folder)
+        except OSError as error:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            if folder.exists() and not overwrite:
+                raise _exists(folder) from error
+            raise
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_below(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _sync_folder(path)
+            continue
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

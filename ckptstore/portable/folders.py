@@ -19,15 +19,14 @@ import torch
 
 from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.portable import torch_files
-from ckptstore.portable.files import explained
+from ckptstore.portable.files import explained, place_folder
+from ckptstore.skeleton import TensorNode
 from ckptstore.tree import flatten
 
-__all__ = ["read_folder", "write_folder"]
+__all__ = ["holds_files", "read_folder", "write_folder"]
 
 MAX_HEADER_BYTES = 100_000_000
 """What readers of safetensors allow."""
-ZIP_MAGIC = b"PK\x03\x04"
-"""What files of torch.save begin with."""
 
 _DTYPES = {
     "BOOL": "bool",
@@ -42,8 +41,12 @@ _DTYPES = {
 """safetensors' name of a dtype -> torch's. A file with another one is kept as bytes."""
 
 
-def read_folder(folder: Path) -> dict[str, Any]:
+def read_folder(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
     """The files in `folder` and below it, by name.
+
+    Args:
+        folder: the folder.
+        mapped: map what files of torch.save hold into memory, rather than read it. Nobody may write to them then.
 
     Returns:
         For each file: its bytes; or for a `.safetensors` file `{"header": bytes, "tensors": {name: tensor}}`, whose
@@ -58,15 +61,33 @@ def read_folder(folder: Path) -> dict[str, Any]:
         if not files:
             folder.stat()
             raise InvalidInputError(f"{folder} has no files in it, so it is no checkpoint.")
-        return {path.relative_to(folder).as_posix(): _read_file(path) for path in files}
+        return {path.relative_to(folder).as_posix(): _read_file(path, mapped) for path in files}
 
 
-def write_folder(files: Mapping[str, Any], folder: Path) -> None:
+def holds_files(state: Any) -> bool:
+    """Whether a state has the form of what `read_folder` gives, with descriptions in the place of its long values."""
+    return isinstance(state, dict) and bool(state) and all(map(_is_file_content, state.values()))
+
+
+def _is_file_content(held: Any) -> bool:
+    if isinstance(held, dict):
+        return held.keys() in ({"torch"}, {"header", "tensors"})
+    return isinstance(held, bytes) or (isinstance(held, TensorNode) and held.tag == "blob")
+
+
+def write_folder(files: Mapping[str, Any], folder: Path, *, overwrite: bool = True, durable: bool = False) -> None:
     """Write what `read_folder` gave; a folder of that name is replaced when all of it is there.
 
     Files of torch.save hold what they held, and need not be the same bytes; all others are.
 
+    Args:
+        files: by name.
+        folder: the folder to make.
+        overwrite: False leaves a folder that is there as it is.
+        durable: wait until all of it is on the disk.
+
     Raises:
+        ConflictError: the folder is there, and `overwrite` is False.
         CorruptError: `files` cannot be what `read_folder` gave.
         UnavailableError: it cannot be written.
     """
@@ -74,31 +95,27 @@ def write_folder(files: Mapping[str, Any], folder: Path) -> None:
     with explained("write", folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
-        old = new.with_suffix(".old")
         try:
             for name, content in files.items():
                 file = new / places[name]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 _write_file(file, content, name)
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
+            place_folder(new, folder, overwrite=overwrite, durable=durable)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_file(file: Path) -> Any:
+def _read_file(file: Path, mapped: bool) -> Any:
     if file.suffix == ".safetensors":
         header = _read_header(file)
         tensors = None if header is None else _read_tensors(file, header)
         if tensors is not None:
             return {"header": header, "tensors": tensors}
     with file.open("rb") as opened:
-        is_zip = opened.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+        is_zip = opened.read(len(torch_files.ZIP_MAGIC)) == torch_files.ZIP_MAGIC
     if is_zip:
         try:
-            held = torch_files.read(file)
+            held = torch_files.read(file, mapped=mapped)
             flatten(held)
         except InvalidInputError:
             pass  # another kind of zip file, or one that only code could read: its bytes are kept

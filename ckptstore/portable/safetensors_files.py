@@ -43,6 +43,7 @@ class _About(msgspec.Struct):
 
     metrics: Any = None
     metadata: Any = None
+    step: int | None = None
 
 
 # Made now, and not when the first file is read, which threads may do at the same time: see manifest.py.
@@ -192,7 +193,7 @@ def _rebuild(metadata: Mapping[str, str], named: Mapping[str, torch.Tensor]) -> 
         place.clear()
         place[TAG] = node.tag
         leaves.append(TensorLeaf(path, _value(node, named[name], memory.get(node.segment)), place))
-    return Portable(document.tree, leaves, _small_values(about.metrics), _small_values(about.metadata))
+    return Portable(document.tree, leaves, _small_values(about.metrics), _small_values(about.metadata), about.step)
 
 
 def _shared_memory(

@@ -409,9 +409,13 @@ def test_export_of_a_damaged_checkpoint_writes_nothing(cli: Cli, ckpts: str) -> 
     assert not Path("out.pt").exists()
 
 
-def test_import_needs_a_step(cli: Cli, ckpts: str) -> None:
+def test_import_needs_a_step_from_somewhere(cli: Cli, ckpts: str) -> None:
     cli("export", f"{ckpts}/lstm", "out.pt")
-    assert cli("import", "out.pt", f"{ckpts}/copy").status == 2
+    assert cli("import", "out.pt", f"{ckpts}/copy", "--json").document["checkpoints"][0]["step"] == 200
+    torch.save({"w": torch.ones(1)}, "weights.pt")
+    done = cli("import", "weights.pt", f"{ckpts}/copy")
+    assert done.status == 2
+    assert "STORE/RUN@STEP" in done.err
 
 
 def test_import_over_another_state_is_refused(cli: Cli, ckpts: str) -> None:

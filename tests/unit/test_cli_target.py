@@ -224,8 +224,19 @@ def test_a_new_checkpoint_without_a_slash_goes_to_the_default_store(
     assert (place.objects.url, place.run, place.step) == (str(here / "ckpts"), "pretrained", 0)
 
 
-@pytest.mark.parametrize("text", ["ckpts/lstm", "ckpts", "s3://bucket@3", "/lstm@3", "ckpts/@3", "ckpts/lstm@-1"])
-def test_a_new_checkpoint_needs_a_store_a_run_and_a_step(text: str) -> None:
+def test_new_checkpoints_may_have_no_step_yet(here: Path) -> None:
+    place = resolve_new("./new/lstm")
+    assert (place.objects.url, place.run, place.step) == (str(here / "new"), "lstm", None)
+
+
+def test_a_whole_store_is_not_taken_for_a_run_beside_it() -> None:
+    make_store("ckpts")
+    with pytest.raises(InvalidInputError, match="is a whole store"):
+        resolve_new("./ckpts")
+
+
+@pytest.mark.parametrize("text", ["s3://bucket@3", "s3://bucket", "/lstm@3", "/lstm", "ckpts/@3", "ckpts/lstm@-1"])
+def test_a_new_checkpoint_needs_a_store_and_a_run(text: str) -> None:
     with pytest.raises(InvalidInputError):
         resolve_new(text)
 
