@@ -15,6 +15,7 @@ from ckptstore.pipeline import Progress
 from ckptstore.portable import lightning_files
 from ckptstore.skeleton import TAG
 from ckptstore.store import Store
+from ckptstore.tree import flatten
 
 __all__ = ["import_checkpoints"]
 
@@ -196,10 +197,9 @@ class _Importer:
         run = self._store.run(planned.run)
         if content.portable is not None:
             found = content.portable
-            if (
-                found.metadata is None or TAG not in found.metadata
-            ):  # else its keys are not texts that stand as they are
-                found.metadata = {**(found.metadata or {}), **about}
+            added, _ = flatten(about, tensors=False, root="metadata")
+            if found.metadata is None or TAG not in found.metadata:  # else it is no plain object that keys fit into
+                found.metadata = {**(found.metadata or {}), **added}
             return run._save_portable(found, planned.step, replace=self._replace, progress=progress)
         metadata = {**content.metadata, **about}
         if content.is_lightning:

@@ -1,5 +1,6 @@
 """What an import does, in which order: each source with its run and its step, before anything is written."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ class _Ordering:
     def steps(self, step_from: str | None) -> dict[str, int]:
         """The step of each source that can be read."""
         if step_from == steps.CONTENT:
-            self.numbered = {name for name in self.by_name if any(map(str.isdigit, steps.stem(name)))}
+            self.numbered = {name for name in self.by_name if re.search("[0-9]", steps.stem(name))}
             return self._required(self._inside(self.by_name))
         if step_from is not None:
             named = steps.step_by_pattern(self.by_name, steps.pattern_of(step_from))

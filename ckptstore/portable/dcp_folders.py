@@ -52,6 +52,7 @@ def read_dcp_folder(folder: Path, *, trust: bool = False, keys: Collection[str] 
         with _quietly():
             _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
     except (Exception, CheckpointException) as error:  # torch raises what it likes, in an exception that is none
+        _raise_interrupt(error)
         refusal = next((inner for inner in _within(error) if isinstance(inner, InvalidInputError)), None)
         reason = str(refusal).removeprefix(f"{folder}: ") if refusal else f"it cannot be read: {_reason(error)}."
         raise InvalidInputError(f"{folder}: {reason}") from error
@@ -78,6 +79,7 @@ def write_dcp_folder(state: Any, folder: Path, *, overwrite: bool = False) -> No
                 with _quietly():
                     save(state, storage_writer=FileSystemWriter(new), no_dist=True)
             except CheckpointException as error:
+                _raise_interrupt(error)
                 cause = next((inner for inner in _within(error) if isinstance(inner, OSError)), None)
                 raise cause or InvalidInputError(f"torch cannot write {folder}: {_reason(error)}.") from error
             place_folder(new, folder, overwrite=overwrite)
@@ -121,6 +123,13 @@ def _within(error: BaseException | None) -> Iterator[BaseException]:
             for failure, _ in error.failures.values():
                 yield from _within(failure)
         error = error.__cause__
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Let go of what torch has caught and is nobody's error: Ctrl-C, say."""
+    for inner in _within(error):
+        if not isinstance(inner, Exception | CheckpointException):
+            raise inner
 
 
 def _reason(error: BaseException) -> str:

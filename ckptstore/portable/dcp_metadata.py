@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckptstore.errors import InvalidInputError
+from ckptstore.portable.torch_files import WAY_OUT_BY_TRUST
 
 __all__ = ["METADATA", "read_metadata"]
 
@@ -76,7 +77,10 @@ class _Unpickler(pickle.Unpickler):
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        raise InvalidInputError(f"its {METADATA} holds an object that only running code could make ({module}.{name}).")
+        raise InvalidInputError(
+            f"its {METADATA} holds an object that only running code could make ({module}.{name}). If you trust it, "
+            f"{WAY_OUT_BY_TRUST}"
+        )
 
 
 def read_metadata(folder: Path) -> Metadata:

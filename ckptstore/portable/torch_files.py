@@ -13,7 +13,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.skeleton import tensors
 from ckptstore.tree import TORCH_DTYPES
 
-__all__ = ["ZIP_MAGIC", "check_dtypes", "damaged_records", "read", "read_stream", "write"]
+__all__ = ["WAY_OUT_BY_TRUST", "ZIP_MAGIC", "check_dtypes", "damaged_records", "read", "read_stream", "write"]
 
 ZIP_MAGIC = b"PK\x03\x04"
 """What files of torch.save begin with."""
@@ -21,9 +21,10 @@ _READ_BYTES = 1 << 20
 _WAY_OUT = (
     "load it with torch.load yourself, take out what is plain tensors and numbers, and save that with run.save()."
 )
-_WAY_OUT_BY_TRUST = (
+WAY_OUT_BY_TRUST = (
     "give --trust (trust=True in Python), which runs it; what cannot be stored even then is left out with --leave-out."
 )
+"""What an import adds, which can be told to run code."""
 
 
 def check_dtypes(manifest: Manifest) -> None:
@@ -74,7 +75,7 @@ def read(file: Path, *, mapped: bool = False, trust: bool | None = None) -> Any:
         if unsafe:
             raise InvalidInputError(
                 f"{file} holds objects that only running code could make ({', '.join(unsafe)}), and no code from files "
-                f"is run here. If you trust it, {_WAY_OUT if trust is None else _WAY_OUT_BY_TRUST}"
+                f"is run here. If you trust it, {_WAY_OUT if trust is None else WAY_OUT_BY_TRUST}"
             ) from error
         raise InvalidInputError(
             f"{file} cannot be read as a file of torch.save with weights_only=True: {_reason(error)}."
@@ -88,8 +89,12 @@ def read_stream(stream: io.BytesIO, what: str) -> Any:
             return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # as above
         unsafe = _unsafe_globals(stream)
-        needs = f"holds objects that only running code could make ({', '.join(unsafe)})" if unsafe else ""
-        raise InvalidInputError(f"{what} {needs or f'cannot be read: {_reason(error)}'}.") from error
+        if unsafe:
+            raise InvalidInputError(
+                f"{what} holds objects that only running code could make ({', '.join(unsafe)}). If you trust it, "
+                f"{WAY_OUT_BY_TRUST}"
+            ) from error
+        raise InvalidInputError(f"{what} cannot be read: {_reason(error)}.") from error
 
 
 def damaged_records(file: Path) -> list[str]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ckptstore
 from ckptstore.integrations.lightning import CkptstoreIO
+from ckptstore.migration import import_checkpoints
 from ckptstore.objects.base import Bytes, Objects
 from ckptstore.objects.memory import MemoryObjects
 from ckptstore.testing import RecordingObjects
@@ -411,3 +412,41 @@ def test_fabric_saves_and_loads_through_it(store: ckptstore.Store, io: Ckptstore
     assert store.run(RUN).steps() == [5]
     assert names(io) == ["no-step.ckpt", "at-5.ckpt"]
     assert Path(io.latest() or "").name == "at-5.ckpt"
+
+
+# ---- migration
+
+
+def fit_without_a_store(epochs: int) -> None:
+    """Lightning's own files, as they were before there was a store."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callback = ModelCheckpoint(dirpath="saved", save_top_k=-1, save_last=True)
+    Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[callback], **quiet).fit(Tiny(width=7), loader(), loader())
+
+
+def test_a_training_of_before_there_was_a_store_is_imported_and_goes_on(
+    store: ckptstore.Store, io: CkptstoreIO
+) -> None:
+    fit_without_a_store(epochs=3)
+    report = import_checkpoints(store, RUN, "saved")
+    assert not report.failed
+    assert store.run(RUN).steps() == [3, 6, 9]
+    assert store.run(f"{RUN}.last").steps() == [9]
+    shutil.rmtree("saved")
+    latest = io.latest()
+    assert latest is not None
+    assert Path(latest).name == "last.ckpt"
+    training = fit(io, model=Tiny(width=7), ckpt_path=latest, epochs=5)
+    assert training.global_step == 15
+    assert store.run(RUN).steps() == [3, 6, 9, 12, 15]
+
+
+def test_an_imported_checkpoint_is_exported_as_a_file_that_a_module_loads(
+    store: ckptstore.Store, io: CkptstoreIO
+) -> None:
+    fit_without_a_store(epochs=1)
+    import_checkpoints(store, RUN, "saved")
+    before = torch.load("saved/epoch=0-step=3.ckpt", weights_only=True)
+    io.export("epoch=0-step=3.ckpt", "again.ckpt")
+    assert_same(torch.load("again.ckpt", weights_only=True), before)
+    assert Tiny.load_from_checkpoint("again.ckpt", weights_only=True).hparams["width"] == 7

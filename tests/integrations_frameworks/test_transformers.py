@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerControl, T
 
 import ckptstore
 from ckptstore.integrations.transformers import CkptstoreCallback
+from ckptstore.migration import import_checkpoints
 from tests.integrations_frameworks.training import chunks, damage_newest, kill_example, run_example
 from tests.strategies import assert_same
 
@@ -239,3 +240,37 @@ def test_two_processes_save_one_folder_and_resume_from_it_together(tmp_path: Pat
     run_example(EXAMPLE, "--steps", 30, cwd=tmp_path, processes=2)
     assert run.steps() == [10, 20, 30]
     assert not Path("out/checkpoint-10").exists()
+
+
+# ---- migration
+
+
+def test_a_training_of_before_there_was_a_store_is_imported_and_goes_on_with_the_same_bits(
+    run: ckptstore.Run, tmp_path: Path
+) -> None:
+    train(CkptstoreCallback(ckptstore.Store(tmp_path / "store").run("whole")))
+    shutil.rmtree("out")
+
+    training = trainer(CkptstoreCallback(run), max_steps=4)
+    training.callback_handler.remove_callback(CkptstoreCallback)
+    training.train()
+    report = import_checkpoints(ckptstore.Store(tmp_path / "store"), "tiny", "out")
+    assert [(row.source, row.outcome) for row in report.checkpoints] == [
+        ("checkpoint-2", "imported"),
+        ("checkpoint-4", "imported"),
+    ]
+    assert "loss" in run.checkpoint(4).metrics
+    shutil.rmtree("out")
+
+    train(CkptstoreCallback(run))
+    assert run.steps() == [2, 4, 6]
+    wanted = ckptstore.Store(tmp_path / "store").run("whole").load(6)
+    found = run.load(6)
+    for name in SAME_FILES:
+        assert_same(found[name], wanted[name])
+
+
+def test_what_the_callback_saved_is_there_already_for_an_import(run: ckptstore.Run, tmp_path: Path) -> None:
+    train(CkptstoreCallback(run), max_steps=4)
+    report = import_checkpoints(ckptstore.Store(tmp_path / "store"), "tiny", "out")
+    assert [row.outcome for row in report.checkpoints] == ["there", "there"]
