@@ -65,6 +65,9 @@ def read(file: Path, *, mapped: bool = False, trust: bool | None = None) -> Any:
     """
     try:
         with torch.serialization.safe_globals(_harmless()):
+            if not _is_text(file):  # which torch cannot open by its name
+                with file.open("rb") as opened:
+                    return torch.load(opened, map_location="cpu", weights_only=not trust)
             # Files of torch before 1.6 are no zip files, and cannot be mapped.
             is_mapped = mapped and _is_zip(file)
             return torch.load(file, map_location="cpu", weights_only=not trust, mmap=is_mapped)
@@ -127,6 +130,15 @@ def damaged_records(file: Path) -> list[str]:
 def _is_zip(file: Path) -> bool:
     with file.open("rb") as opened:
         return opened.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file's name is Unicode; on Linux it may be any bytes."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _told(error: Exception) -> str:

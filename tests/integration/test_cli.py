@@ -428,6 +428,98 @@ def test_import_over_another_state_is_refused(cli: Cli, ckpts: str) -> None:
     assert ckptstore.Store("ckpts").run("lstm").load(200)["step"] == 100
 
 
+def old_files(*steps: int) -> Path:
+    """A folder of a plain torch.save loop."""
+    Path("old").mkdir()
+    for step in steps:
+        torch.save({"embed": torch.arange(20_000.0), "bias": torch.full((3,), float(step))}, f"old/ckpt_{step}.pt")
+    return Path("old")
+
+
+def test_import_of_a_folder_shows_each_checkpoint_and_what_dedup_saved(cli: Cli, ckpts: str) -> None:
+    old_files(9, 10)
+    Path("old/log.txt").touch()
+    done = cli("import", "old", f"{ckpts}/copy", "--dry-run")
+    assert done.status == 0
+    assert [line.split()[:3] for line in done.out.splitlines()[3:5]] == [
+        ["copy", "9", "ckpt_9.pt"],
+        ["copy", "10", "ckpt_10.pt"],
+    ]
+    assert "2 checkpoints would be imported, 0 are there already" in done.out
+    done = cli("import", "old", f"{ckpts}/copy")
+    assert done.status == 0
+    assert "passed over log.txt: no checkpoint" in done.out
+    assert re.search(r"2 checkpoints imported, 0 were there already\n.* of 4 chunks were there already", done.out)
+    assert "0 checkpoints imported, 2 were there already" in cli("import", "old", f"{ckpts}/copy").out
+
+
+def test_import_of_a_folder_with_a_damaged_file_has_status_1_and_goes_on(cli: Cli, ckpts: str) -> None:
+    old_files(1, 2, 3)
+    Path("old/ckpt_2.pt").write_bytes(b"")
+    done = cli("import", "old", f"{ckpts}/copy")
+    assert done.status == 1
+    assert done.err.startswith("warning: ckpt_2.pt was not imported: ")
+    assert ckptstore.Store("ckpts").run("copy").steps() == [1, 3]
+    document = cli("import", "old", f"{ckpts}/copy", "--json").document
+    assert [row["outcome"] for row in document["checkpoints"]] == ["there", "failed", "there"]
+    assert "ckpt_2.pt" in document["checkpoints"][1]["error"]
+    assert cli("import", "old", f"{ckpts}/other", "--stop-on-error").status == 1
+    assert ckptstore.Store("ckpts").run("other").steps() == [1]
+
+
+def test_import_of_a_folder_into_a_whole_store_asks_for_a_run(cli: Cli, ckpts: str) -> None:
+    done = cli("import", str(old_files(1)), ckpts)
+    assert done.status == 2
+    assert "whole store" in done.err
+
+
+def test_import_takes_the_options_that_its_errors_name(cli: Cli, ckpts: str) -> None:
+    old_files(1)
+    torch.save({"w": torch.ones(1)}, "old/final.pt")
+    torch.save({"w": torch.ones(1), "junk": 1}, "old/net5_2.pt")
+    done = cli("import", "old", f"{ckpts}/copy")
+    assert done.status == 2
+    assert "--step-from" in done.err
+    words = ("--exclude", "final*", "--step-from", r"_(\d+)\.pt", "--leave-out", "junk")
+    assert cli("import", "old", f"{ckpts}/copy", *words).status == 0
+    assert list(ckptstore.Store("ckpts").run("copy").load(2)) == ["w"]
+
+
+def test_hostile_names_of_files_do_nothing_but_show(cli: Cli, ckpts: str) -> None:
+    names = [
+        f"{ATTACK.replace('/', '|')}_1.pt",
+        "--trust_2.pt",
+        "a" * 240 + "_3.pt",
+        "$(touch owned)_4.pt",
+        "größe_5.pt",
+    ]
+    Path("old").mkdir()
+    for name in names:
+        torch.save({"w": torch.ones(1)}, Path("old", name))
+    Path("old", os.fsdecode(b"no-\xff-text_6.pt")).write_bytes(Path("old", names[0]).read_bytes())
+    Path("old", f"{ATTACK.replace('/', '|')}.txt").touch()
+    Path("old", f"{ATTACK.replace('/', '|')}_7.pt").write_bytes(b"")
+    for words in (("--dry-run",), (), (), ("--json",)):
+        done = cli("import", "old", f"{ckpts}/copy", *words)
+        assert done.status == int(words != ("--dry-run",)), done.err
+        assert not set(done.out + done.err) & {"\x1b", "\x07", "\x9b", "\u202e"}
+        assert not any(line.startswith("second line") for line in done.out.splitlines())
+    assert ckptstore.Store("ckpts").run("copy").steps() == [1, 2, 3, 4, 5, 6]
+    assert not Path("owned").exists()
+
+
+def test_export_writes_folders_too(cli: Cli, ckpts: str) -> None:
+    done = cli("export", f"{ckpts}/base", "out", "--format", "dcp")
+    assert done.status == 0, done.err
+    assert sorted(path.name for path in Path("out").iterdir()) == [".metadata", "__0_0.distcp"]
+    assert cli("export", f"{ckpts}/base", "out", "--format", "dcp").status == 2
+    assert cli("export", f"{ckpts}/base", "out", "--format", "dcp", "--force").status == 0
+    assert cli("import", "out", "./other/copy@3", "--json").document["step"] == 3
+    assert cli("export", f"{ckpts}/base", "more", "--format", "folder").status == 2
+    assert cli("export", f"{ckpts}/base", "more", "--format", "nonsense").status == 2
+    assert not Path("more").exists()
+
+
 # ---- --json
 
 
@@ -441,6 +533,10 @@ ROWS: dict[tuple[str, ...], tuple[str, set[str]]] = {
         {"step", "created", "tags", "metrics", "raw_bytes", "stored_bytes", "new_bytes", "damaged"},
     ),
     ("du", "ckpts"): ("runs", {"run", "checkpoints", "logical_bytes", "stored_bytes", "shared_bytes"}),
+    ("import", ".", "ckpts/copy"): (
+        "checkpoints",
+        {"source", "run", "step", "outcome", "error", "source_bytes", "raw_bytes", "stored_bytes", "new_bytes"},
+    ),
 }
 FIELDS: dict[tuple[str, ...], set[str]] = {
     ("ls", "ckpts"): {"store", "runs", "damaged"},
@@ -457,6 +553,10 @@ FIELDS: dict[tuple[str, ...], set[str]] = {
     ("import", "in.pt", "ckpts/copy@1"): {
         *("store", "run", "step", "file", "raw_bytes", "stored_bytes", "new_bytes"),
     },
+    ("import", ".", "ckpts/copy"): {
+        *("store", "run", "source", "dry_run", "checkpoints", "passed_over"),
+        *("source_bytes", "raw_bytes", "new_bytes", "chunks", "reused_chunks"),
+    },
     ("rm", "ckpts/lstm@100"): {"store", "run", "step"},
     ("diff", "ckpts/lstm"): {
         *("before", "after", "summary", "raw_bytes", "shared_bytes", "read_bytes", "tensors"),
@@ -467,7 +567,7 @@ FIELDS: dict[tuple[str, ...], set[str]] = {
 
 @pytest.mark.parametrize("words", FIELDS, ids=" ".join)
 def test_json_has_the_documented_fields(cli: Cli, ckpts: str, words: tuple[str, ...]) -> None:
-    torch.save({"w": torch.ones(1)}, "in.pt")
+    torch.save({"w": torch.ones(1), "step": 7}, "in.pt")
     done = cli(*words, "--json")
     assert done.status == 0, done.err
     assert set(done.document) == FIELDS[words]

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from ckptstore.errors import UnavailableError
 from ckptstore.migration import ImportReport, import_checkpoints
 from ckptstore.objects.local import LocalObjects
 from ckptstore.portable import torch_files
+from tests import dcp_scenarios as scenarios
+from tests.ranks import Ranks
 from tests.strategies import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -457,16 +460,10 @@ def test_what_cannot_be_stored_can_be_left_out(store: Store, run: Run, old: Path
     state = {"model": OrderedDict({"a.w": torch.ones(1), "b": torch.zeros(1)}), "args": Settings(), "more": {"x": 1}}
     torch.save(state, old / "ckpt_1.pt")
     report = import_checkpoints(store, "run", old, trust=True)
-    assert re_search("args.*Settings.*--leave-out", report.failed[0].error)
+    assert re.search("args.*Settings.*--leave-out", report.failed[0].error)
     report = import_checkpoints(store, "run", old, trust=True, leave_out=["args", "model.a.*", "more.x"])
     assert not report.failed
     assert_same(run.load(1), {"model": OrderedDict({"b": torch.zeros(1)}), "more": {}})
-
-
-def re_search(pattern: str, text: str) -> bool:
-    import re
-
-    return re.search(pattern, text) is not None
 
 
 # ---- folders of torch.distributed.checkpoint
@@ -491,6 +488,15 @@ def test_folders_of_dcp_become_steps(store: Store, run: Run, old: Path) -> None:
     for step in (5, 100):
         assert_same(run.load(step), dcp_state(step))
     assert {row.outcome for row in import_checkpoints(store, "run", old).checkpoints} == {"there"}
+
+
+def test_a_folder_that_four_ranks_wrote_in_shards_is_put_together(
+    ranks: Ranks, store: Store, run: Run, old: Path
+) -> None:
+    ranks.run(scenarios.save_folder, str(old / "sharded"))
+    assert len(list((old / "sharded").glob("*.distcp"))) == 4
+    import_checkpoints(store, "run", old)
+    assert_same(run.load(4), {"model": scenarios.tensors(), "step": 4})
 
 
 def test_one_folder_of_dcp_tells_its_step_itself(store: Store, run: Run, old: Path) -> None:
