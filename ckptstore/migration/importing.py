@@ -154,7 +154,7 @@ class _Importer:
             return _failure(planned, size, error)
         if there == saved:
             return _row(planned, size, saved, "there")
-        if identity.look(planned.source) != before:
+        if not _is_still(planned, before):
             # Its tensors were read while they were stored, so nobody knows which of its states this is.
             self._store.run(planned.run).delete(planned.step)
             return _failure(
@@ -214,6 +214,14 @@ class _Importer:
             replace=self._replace,
             progress=progress,
         )
+
+
+def _is_still(planned: Planned, before: Identity) -> bool:
+    """Whether a source is as it was."""
+    try:
+        return identity.look(planned.source) == before
+    except CheckpointError:  # it is gone
+        return False
 
 
 def _source_of(there: Checkpoint) -> Any:

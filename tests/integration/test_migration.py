@@ -499,6 +499,18 @@ def test_a_folder_that_four_ranks_wrote_in_shards_is_put_together(
     assert_same(run.load(4), {"model": scenarios.tensors(), "step": 4})
 
 
+def test_an_imported_folder_of_dcp_is_loaded_by_dcp_from_the_store(store: Store, old: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    from ckptstore.integrations.dcp import CkptstoreReader
+
+    dcp_save(dcp_state(5), checkpoint_id=old / "step-5", no_dist=True)
+    import_checkpoints(store, "run", old)
+    state = dcp_state(6)
+    load(state, storage_reader=CkptstoreReader(store, run="run"), no_dist=True)
+    assert_same(state, dcp_state(5))
+
+
 def test_one_folder_of_dcp_tells_its_step_itself(store: Store, run: Run, old: Path) -> None:
     dcp_save(dcp_state(5), checkpoint_id=old / "latest", no_dist=True)
     import_checkpoints(store, "run", old / "latest")
