@@ -103,7 +103,7 @@ def export_folder(
     folder = Path(os.path.abspath(path))  # noqa: PTH100  "." has no name, and links stay links
     with explained("write", folder):
         check_folder(folder, overwrite=overwrite)
-    torch_files.check_dtypes(manifest)
+    torch_files.check_dtypes(manifest, one_by_one=kind == "dcp")
     if kind == "folder":
         _check_files(manifest)
     found = _filled(objects, manifest, threads, progress)

@@ -27,11 +27,14 @@ WAY_OUT_BY_TRUST = (
 """What an import adds, which can be told to run code."""
 
 
-def check_dtypes(manifest: Manifest) -> None:
-    """Raise, naming the tensor, if this torch lacks a dtype, or if torch.save cannot hold it beside another."""
+def check_dtypes(manifest: Manifest, *, one_by_one: bool = False) -> None:
+    """Raise, naming the tensor, if this torch lacks a dtype, or if torch.save cannot hold it beside another.
+
+    one_by_one: each tensor is written for itself, so that what they share does not matter.
+    """
     dtype_of: dict[int, tuple[str, str]] = {}
     for path, node in tensors(manifest.tree, manifest.segment_bytes):
-        if node.tag == "tensor" and node.span_bytes:
+        if node.tag == "tensor" and node.span_bytes and not one_by_one:
             dtype, first = dtype_of.setdefault(node.segment, (node.dtype, path))
             if dtype != node.dtype:
                 raise InvalidInputError(
