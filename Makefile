@@ -22,7 +22,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
               $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-integrations examples check format bench explore torture fuzz coverage clean
+.PHONY: help venv demo test test-integrations examples check format bench explore torture fuzz screenshots coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -92,6 +92,10 @@ torture: venv  ## kill, stop and stress processes that share a store, on a disk 
 
 fuzz: venv  ## read hostile stores (FUZZ_INPUTS=100000, FUZZ_ARGS='--seed 2 --kind store')
 	@$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) $(FUZZ_ARGS)
+
+screenshots: venv  ## make the pictures in docs/images anew, by the tests that look at the report in a browser
+	@mkdir -p docs/images
+	@CKPTSTORE_SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/browser -k 'light_or_dark or seen_first or phone'
 
 coverage: venv  ## run the tests and show which lines none of them reaches
 	@$(BIN)/coverage erase

@@ -27,6 +27,7 @@ from benchmarks import (
     memory,
     plots,
     profile,
+    report,
     requests,
     resave,
     restore,
@@ -54,6 +55,7 @@ QUESTIONS: dict[str, tuple[Ask, int]] = {
     "memory": (memory.ask, 1),
     "bf16": (half.ask, 9),
     "diff": (diff.ask, 3),
+    "report": (report.ask, 3),
     "series": (series.ask, 3),
     "series-close": (series.ask_close, 3),
     "bucket-save": (bucket.ask_save, 5),
@@ -75,6 +77,7 @@ QUICK: dict[str, Ask] = {
     "memory": partial(memory.ask, gigabytes=(0.02,)),
     "bf16": half.ask,
     "diff": partial(diff.ask, layers=10),
+    "report": partial(report.ask, runs=2, checkpoints=5),
 }
 
 

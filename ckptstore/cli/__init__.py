@@ -25,6 +25,7 @@ from ckptstore.cli import (
     importing,
     listing,
     removal,
+    reporting,
     showing,
     totals,
     verification,
@@ -75,7 +76,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 GROUPS = (
-    *(listing, showing, differing, verification, totals, files, importing),
+    *(listing, showing, differing, reporting, verification, totals, files, importing),
     *(removal, collection, compaction, examination, benching),
 )
 """In the order of the help."""
