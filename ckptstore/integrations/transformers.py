@@ -4,6 +4,8 @@ The trainer goes on writing `checkpoint-500` and the like to its disk; the store
 run, with the tensors in its files as tensors. Why: docs/decisions/0017-framework-integrations.md.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
