@@ -22,7 +22,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
               $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-integrations examples check format bench explore torture fuzz screenshots coverage clean
+.PHONY: help venv demo test test-integrations examples check docs format bench explore torture fuzz screenshots coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -77,6 +77,13 @@ check: venv  ## formatting, lint, types, imports between modules, code in the do
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -q tests/docs
 
+# Warnings are errors. What has gone from the documents must not stay in the site, so it is made anew each time.
+docs: venv  ## make the site of the documents in build/docs, and check it
+	@rm -rf build/docs
+	@$(BIN)/python -m sphinx -b html -W --keep-going --quiet -c docs/_sphinx docs build/docs
+	@$(BIN)/python -m pytest -q docs/_sphinx/check_site.py
+	@echo "The site is in build/docs/index.html."
+
 format: venv  ## format the code and mend what can be mended
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -104,6 +111,6 @@ coverage: venv  ## run the tests and show which lines none of them reaches
 	@$(BIN)/coverage report --skip-covered --show-missing
 
 clean:  ## remove what was built, installed and cached here
-	@rm -rf $(VENV) $(DEMO_VENV) $(INTEGRATIONS_VENV) demo-ckpts fuzz-escapes build dist htmlcov .coverage .coverage.* \
+	@rm -rf $(VENV) $(DEMO_VENV) $(INTEGRATIONS_VENV) demo-ckpts fuzz-escapes build docs/generated dist htmlcov .coverage .coverage.* \
 		.hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

@@ -91,8 +91,8 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """What `load` and `restore` take as `expect`: 64 hex digits that stand for the run, the step, the whole state,
-        metrics and metadata. Saves of equal states as the same step have equal ones; a repair keeps it.
+        """64 hex digits, which `load` and `restore` take as `expect`. They stand for the run, the step, the whole
+        state, metrics and metadata. Saves of equal states as the same step have equal ones; a repair keeps it.
         """
         return checkpoint_digest(self._manifest)
 

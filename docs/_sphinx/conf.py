@@ -33,7 +33,7 @@ default_role = "code"
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
-autodoc_mock_imports = ["accelerate", "keras", "lightning", "ml_dtypes", "tensorflow", "transformers"]
+autodoc_mock_imports = generated.MOCKED
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
@@ -44,6 +44,9 @@ napoleon_use_ivar = True
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
 copybutton_line_continuation_character = "\\"
+
+suppress_warnings = ["ref.python"]
+"""Several classes have an attribute `bytes`, and annotations of that type ask which one is meant: none."""
 
 html_theme = "furo"
 html_title = "ckptstore"

@@ -32,7 +32,9 @@ def add(app: object, docname: str, source: list[str]) -> None:
     docs = Path(app.srcdir)  # type: ignore[attr-defined]
     if docname == "index":
         for caption, pages in sections((docs / "README.md").read_text(encoding="utf-8")).items():
-            source[0] += toctree([OUTSIDE.get(page) or page.removesuffix(".md") for page in pages], caption)
+            source[0] += toctree(
+                [OUTSIDE.get(page) or page.removesuffix(".md") for page in pages if page != "index.md"], caption
+            )
     elif posixpath.basename(docname) == "README":
         folder = posixpath.dirname(docname)
         for pages in sections(source[0]).values():

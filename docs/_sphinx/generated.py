@@ -1,5 +1,6 @@
 """Pages that are made from the code before Sphinx reads: the Python API, the commands, files that documents lead to."""
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -10,7 +11,7 @@ from types import ModuleType
 
 import links
 import typer.main
-from sphinx.ext.autodoc.mock import mock
+from sphinx.ext.autodoc.mock import mock  # type: ignore[attr-defined]
 
 __all__ = ["public_modules", "write"]
 
@@ -19,6 +20,8 @@ MOCKED = ["accelerate", "keras", "lightning", "ml_dtypes", "tensorflow", "transf
 RESULTS = {
     "ckptstore.collecting": ["CollectReport"],
     "ckptstore.compacting": ["CompactReport"],
+    "ckptstore.diffing.report": ["Diff", "TensorDiff"],
+    "ckptstore.diffing.trees": ["Change"],
     "ckptstore.doctor": ["Finding"],
     "ckptstore.pruning": ["PruneReport"],
     "ckptstore.repairing": ["RepairReport"],
@@ -36,9 +39,9 @@ def write(root: Path, docs: Path) -> None:
         pages[page.removeprefix("generated/") + ".md"] = links.relink((root / path).read_text("utf-8"), path, page)
     pages |= file_pages(root)
     folder = docs / "generated"
-    for path in sorted(folder.rglob("*"), reverse=True) if folder.exists() else ():
-        if path.is_file() and str(path.relative_to(folder)) not in pages:
-            path.unlink()
+    for old in sorted(folder.rglob("*")):
+        if old.is_file() and str(old.relative_to(folder)) not in pages:
+            old.unlink()
     for name, text in pages.items():
         place = folder / name
         if not place.exists() or place.read_text("utf-8") != text:
@@ -104,11 +107,13 @@ def directive(module: ModuleType, name: str, more: str = "") -> str:
     if inspect.isclass(value) and issubclass(value, BaseException):
         kind = f"autoexception:: {module.__name__}.{name}\n   :show-inheritance:\n{members}"
     elif inspect.isclass(value):
-        kind = f"autoclass:: {module.__name__}.{name}\n{members}"
+        fields = hasattr(value, "_fields") or dataclasses.is_dataclass(value)
+        undocumented = "   :undoc-members:\n" if fields and not more else ""
+        kind = f"autoclass:: {module.__name__}.{name}\n{members}{undocumented}"
     elif callable(value):
         kind = f"autofunction:: {module.__name__}.{name}\n"
     else:
-        kind = f"py:data:: {module.__name__}.{name}\n   :type: {type(value).__name__}\n"
+        kind = f"py:data:: {name}\n   :module: {module.__name__}\n   :type: {type(value).__name__}\n"
     return f".. {kind}"
 
 
@@ -120,10 +125,15 @@ def commands() -> str:
 
     command = typer.main.get_command(app)
     with command.make_context("ckptstore", [], resilient_parsing=True) as context:
-        text = get_docs_for_click(obj=command, ctx=context, name="ckptstore")
+        text = get_docs_for_click(obj=command, ctx=context, name="ckptstore")  # type: ignore[arg-type]
+    text = text.replace("\b\n", "")  # which tells Typer not to wrap what follows
     # Examples and the like are paragraphs that are not to be wrapped.
-    text = re.sub(r"^((?:Examples|Exit status):)\n((?:  .*\n)+)", r"**\1**\n\n```text\n\2```\n", text, flags=re.MULTILINE)
-    text = text.replace("# `ckptstore`\n", "# Every command and option\n\nWhat `ckptstore --help` says, command by command.\n", 1)
+    text = re.sub(
+        r"^((?:Examples|Exit status):)\n((?:  .*\n)+)", r"**\1**\n\n```text\n\2```\n", text, flags=re.MULTILINE
+    )
+    text = text.replace(
+        "# `ckptstore`\n", "# Every command and option\n\nWhat `ckptstore --help` says, command by command.\n", 1
+    )
     return text
 
 
@@ -142,7 +152,9 @@ def file_page(root: Path, path: str, wanted: set[str]) -> str:
     head = f"---\norphan: true\nnosearch: true\n---\n# {path}\n\n"
     if (root / path).is_dir():
         return head + "".join(
-            f"- [{file}]({Path(path).name}/{Path(file).name}.md)\n" for file in sorted(wanted) if str(Path(file).parent) == path
+            f"- [{file}]({Path(path).name}/{Path(file).name}.md)\n"
+            for file in sorted(wanted)
+            if str(Path(file).parent) == path
         )
     up = "/".join([".."] * (3 + path.count("/")))
     language = {".py": "python", ".sh": "bash", ".toml": "toml"}.get(Path(path).suffix, "text")

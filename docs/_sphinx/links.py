@@ -70,5 +70,7 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
 def documents(root: Path) -> list[Path]:
     """The Markdown files that the site is made of, those beyond docs/ first."""
     docs = root / "docs"
-    inside = [path for path in sorted(docs.rglob("*.md")) if path.relative_to(docs).parts[0] not in ("generated", "_sphinx")]
+    inside = [
+        path for path in sorted(docs.rglob("*.md")) if path.relative_to(docs).parts[0] not in ("generated", "_sphinx")
+    ]
     return [root / path for path in PAGES if path != "README.md"] + inside

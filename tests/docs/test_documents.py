@@ -18,7 +18,9 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
-    path for path in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists()
+    path
+    for path in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if path.exists() and "generated" not in path.relative_to(ROOT).parts  # what make docs has made of these
 ]
 SHELL_BLOCK = re.compile(r"^```(console|bash|sh|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAMS = {
