@@ -53,7 +53,12 @@ def public_modules() -> list[str]:
     """The modules that people import from, `ckptstore` first."""
     integrations = importlib.import_module("ckptstore.integrations")
     below = [name for _, name, _ in pkgutil.iter_modules(integrations.__path__) if not name.startswith("_")]
-    return ["ckptstore", *(f"ckptstore.integrations.{name}" for name in below), "ckptstore.testing"]
+    return [
+        "ckptstore",
+        *(f"ckptstore.integrations.{name}" for name in below),
+        "ckptstore.migration",
+        "ckptstore.testing",
+    ]
 
 
 def api_pages() -> dict[str, str]:
