@@ -19,7 +19,7 @@ from ckptstore.chunk import encode as encode_chunk
 from ckptstore.decoding import decode_chain, each_of_chain, get_chain
 from ckptstore.deltas import Held
 from ckptstore.errors import CorruptError, InvalidInputError, MissingChunkError, UnavailableError
-from ckptstore.format import Codec, chunk_key, session_key
+from ckptstore.format import RUNS, Codec, chunk_key, session_key
 from ckptstore.kernels import ByteArray
 from ckptstore.manifest import ChunkRef, Session, encode
 from ckptstore.objects.base import ObjectInfo, Objects
@@ -61,6 +61,7 @@ class Performer:
         codec: Codec = "fast",
         threads: int = 1,
         progress: Progress | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """What uploads need.
 
@@ -68,12 +69,14 @@ class Performer:
         codec: how to encode them.
         threads: how many to encode with.
         progress: called with the raw bytes of the chunks put so far, and of those to be put in all.
+        before_commit: called when all is uploaded and nothing is visible yet; what it raises ends the save there.
         """
         self._objects = objects
         self._chunks = chunks or {}
         self._codec: Codec = codec
         self._threads = threads
         self._progress = progress
+        self._before_commit = before_commit
         self.damaged: list[CorruptError] = []
         """Bases that turned out corrupt or missing; what was to stand on them was stored in full."""
         self._heart: _Heart | None = None
@@ -120,6 +123,8 @@ class Performer:
             case protocol.Get(keys):
                 return each(self._objects.get, keys, threads=self._objects.request_threads)
             case protocol.Create(key, content):
+                if self._before_commit is not None and key.startswith(RUNS):
+                    self._before_commit()
                 return self._objects.create(key, content)
             case protocol.Put(key, content):
                 return self._objects.put(key, content)

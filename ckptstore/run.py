@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,6 +171,7 @@ class Run:
         replace: bool,
         progress: Progress | None = None,
         threads: int | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> Manifest:
         from ckptstore import saving
 
@@ -183,6 +184,7 @@ class Run:
             codec=self._codec,
             threads=threads or self._threads,
             progress=progress,
+            before_commit=before_commit,
         )
 
     def restore(
@@ -379,7 +381,13 @@ class Run:
             return self._save_portable(found, number, replace=replace)
 
     def _save_portable(
-        self, found: "Portable", step: int, *, replace: bool, progress: Progress | None = None
+        self,
+        found: "Portable",
+        step: int,
+        *,
+        replace: bool,
+        progress: Progress | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> Checkpoint:
         """Save what was read from a file, with its metrics and metadata."""
         from ckptstore import saving, segments
@@ -388,7 +396,7 @@ class Run:
             snapshot = saving.Snapshot(
                 found.tree, segments.find(found.leaves), metrics=found.metrics or {}, metadata=found.metadata or {}
             )
-            return Checkpoint(self._saved(step, snapshot, replace, progress))
+            return Checkpoint(self._saved(step, snapshot, replace, progress, before_commit=before_commit))
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order, from one listing; empty if there is none.

@@ -1,7 +1,7 @@
 """A save, from the user's state to the manifest: take it apart, hash it, and let the protocol do the rest."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,12 @@ def save(
     codec: Codec,
     threads: int,
     progress: Progress | None = None,
+    before_commit: Callable[[], None] | None = None,
 ) -> Manifest:
     """Save a snapshot as `step` of `run`; return the manifest that stands for it. Raises as `protocol.save` does.
 
     progress: called with the raw bytes uploaded so far and those to be uploaded in all.
+    before_commit: called when all is uploaded and nothing is visible yet; what it raises ends the save there.
     """
     marker = ensure_store(objects)
     layout = segments.cut(snapshot.sources, chunk_bytes=marker.chunk_bytes, small_bytes=marker.small_bytes)
@@ -111,7 +113,7 @@ def save(
             replace=replace,
             deltas=codec == "small",
         )
-        performer = Performer(objects, distinct, codec, threads, progress)
+        performer = Performer(objects, distinct, codec, threads, progress, before_commit)
         try:
             return performer.perform(protocol.save(request))
         except FencedError:

@@ -19,7 +19,7 @@ from ckptstore.cli.printing import (
 )
 from ckptstore.cli.target import Target, parse_options, resolve
 from ckptstore.errors import InvalidInputError, NotFoundError
-from ckptstore.format import split_run
+from ckptstore.format import is_run_name, split_run
 from ckptstore.manifest import Manifest
 
 __all__ = ["add_to"]
@@ -40,8 +40,8 @@ After = Annotated[
     str | None,
     typer.Argument(
         metavar="OTHER",
-        help="The other, in any store; or @STEP of the same run. Without it, TARGET is compared with the checkpoint "
-        "before it.",
+        help="The other: @STEP of the same run, RUN@STEP of the same store, or one in any store. Without it, TARGET is "
+        "compared with the checkpoint before it.",
         show_default=False,
     ),
 ]
@@ -140,6 +140,9 @@ def _other(place: Target, other: str | None, given: dict[str, Any] | None) -> Ta
         return None
     if other.startswith("@"):
         return Target(place.objects, *split_run(f"{place.run}{other}"))
+    run = other.partition("@")[0]
+    if "/" not in other and is_run_name(run) and catalog.list_run(place.objects, run).by_step:
+        return Target(place.objects, *split_run(other))  # of the store that was named a word before
     theirs = resolve(other, given)
     theirs.require_run()
     catalog.require_store(theirs.objects)

@@ -189,7 +189,10 @@ def _cells(row: "ImportedCheckpoint") -> tuple[str, ...]:
 def _summary(report: "ImportReport") -> str:
     counts = {name: sum(row.outcome == name for row in report.checkpoints) for name in _OUTCOMES}
     if report.dry_run:
-        return f"{counted(counts['planned'], 'checkpoint')} would be imported, {counts['there']} are there already"
+        return (
+            f"{counted(counts['planned'], 'checkpoint')} would be imported, {counts['there']} are there already. "
+            "What is in the files was not read: damage, and code in them, shows at the import."
+        )
     text = f"{counted(counts['imported'], 'checkpoint')} imported, {counts['there']} were there already"
     if report.failed:
         text += f", {counts['failed']} failed"

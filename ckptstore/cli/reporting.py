@@ -1,5 +1,6 @@
 """`report` and `ui`: a store as a page to look at."""
 
+import atexit
 import contextlib
 import os
 import sys
@@ -60,7 +61,8 @@ def add_to(app: typer.Typer) -> None:
 def report(
     target: options.OptionalTarget = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write, or write again.")
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="The file to write (- for standard output)."),
     ] = Path("report.html"),
     drift: Annotated[
         bool, typer.Option("--drift", help="Read the chunks that changed, to show how far each tensor moved.")
@@ -81,6 +83,8 @@ def report(
 
     place = resolve(target, parse_options(storage_options))
     place.refuse_step("report shows")
+    if str(output) == "-" and as_json:
+        raise InvalidInputError("the page and the JSON document cannot both go to standard output.")
     if output.is_dir():
         raise InvalidInputError(f"{output} is a folder. Give the name of a file with -o.")
     rules, text = _rules(keep_last, keep_every, keep_within, keep_best)
@@ -89,6 +93,9 @@ def report(
             place.objects, place.run, rules, text, drift=drift, threads=worker_threads(), progress=progress
         )
     content = reports.render(facts, whole=place.run is None).encode()
+    if str(output) == "-":
+        sys.stdout.write(content.decode())
+        return 0
     _write(output, content)
     checkpoints = sum(len(run.checkpoints) for run in facts.runs)
     if as_json:
@@ -150,9 +157,17 @@ def _serve(place: Target, url: str, *, open_browser: bool) -> None:
     print_line(f"{printable(place.objects.url)} is shown at {url} (Ctrl-C ends it)")
     sys.stdout.flush()
     if open_browser:
-        import webbrowser
+        _open(url)
 
-        webbrowser.open(url)
+
+def _open(url: str) -> None:
+    """Send the browser there by a page that only we can read: other users of the machine see command lines."""
+    import webbrowser
+
+    with tempfile.NamedTemporaryFile("w", prefix="ckptstore-", suffix=".html", delete=False) as page:
+        page.write(f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={url}"><title>ckptstore</title>')
+    atexit.register(Path(page.name).unlink, missing_ok=True)
+    webbrowser.open(Path(page.name).as_uri())
 
 
 def _rules(

@@ -18,6 +18,8 @@ from ckptstore.pipeline import Progress, worker_threads
 
 __all__ = ["Change", "Diff", "Read", "Side", "TensorDiff", "compare", "groups"]
 
+_SOME = 5
+"""Of the paths that an error names."""
 Read = Literal["nothing", "changed", "all"]
 """What of the tensors is read: nothing, the chunks that differ, or those that are equal as well."""
 
@@ -36,7 +38,13 @@ def compare(
         raise InvalidInputError(f"read must be one of {', '.join(map(repr, get_args(Read)))}, not {read!r}.")
     changes, pairs = compare_trees(before.manifest, after.manifest)
     if tensors is not None:
-        pairs = [pair for pair in pairs if fnmatch.fnmatchcase(pair.path, tensors)]
+        matching = [pair for pair in pairs if fnmatch.fnmatchcase(pair.path, tensors)]
+        if pairs and not matching:
+            some = ", ".join(pair.path for pair in pairs[:_SOME])
+            raise InvalidInputError(
+                f"no tensor that both have matches {tensors!r}. There are {some}{', …' if len(pairs) > _SOME else ''}."
+            )
+        pairs = matching
     comparison = Comparison(before, after, pairs, read_equal=read == "all")
     read_bytes = 0
     if read != "nothing":

@@ -1,5 +1,7 @@
 """By what a source is recognised when an import goes on, and whether its bytes are whole."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,23 +29,32 @@ class Identity:
         name: its name in its folder.
         bytes: the size of its files.
         modified: when the newest of them was written, in UTC.
+        files: a digest of their names, sizes and times: a shard that was put back with an older time changes it.
     """
 
     name: str
     bytes: int
     modified: str
+    files: str
 
-    def metadata(self, kind: str, digest: str) -> dict[str, Any]:
+    def metadata(self, kind: str, digest: str, leave_out: Sequence[str] = ()) -> dict[str, Any]:
         """What is written beside a checkpoint."""
-        about = {"source": self.name, "kind": kind, "bytes": self.bytes, "modified": self.modified, "digest": digest}
-        return {METADATA_KEY: about}
+        about: dict[str, Any] = {
+            "source": self.name,
+            "kind": kind,
+            "bytes": self.bytes,
+            "modified": self.modified,
+            "files": self.files,
+            "digest": digest,
+        }
+        return {METADATA_KEY: about | ({"leave_out": list(leave_out)} if leave_out else {})}
 
     def is_that_of(self, about: Any) -> bool:
         """Whether a checkpoint's metadata are of a source of this name, size and time, which need not be read again."""
-        return isinstance(about, dict) and (about.get("source"), about.get("bytes"), about.get("modified")) == (
+        return isinstance(about, dict) and (about.get("source"), about.get("bytes"), about.get("files")) == (
             self.name,
             self.bytes,
-            self.modified,
+            self.files,
         )
 
 
@@ -51,10 +62,20 @@ def look(source: Source) -> Identity:
     """What a source is like now. Raises UnavailableError, NotFoundError."""
     with explained("read", source.path):
         facts = [path.stat() for path in files_in(source)]
+        names = [os.fsencode(path.relative_to(source.path.parent)) for path in files_in(source)]
+    told = b"".join(
+        b"%d %d %d %s" % (len(name), fact.st_size, fact.st_mtime_ns, name)
+        for name, fact in zip(names, facts, strict=False)
+    )
     newest = max((fact.st_mtime_ns for fact in facts), default=0)
     # In whole microseconds: a float has no room for more.
     modified = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=newest // 1000)
-    return Identity(source.name, sum(fact.st_size for fact in facts), modified.strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
+    return Identity(
+        source.name,
+        sum(fact.st_size for fact in facts),
+        modified.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        blake3.blake3(told).hexdigest(16),
+    )
 
 
 def digest_of(source: Source) -> str:

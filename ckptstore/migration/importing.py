@@ -1,10 +1,11 @@
 """The import itself: source by source in the order of the steps, each committed by itself, so that it can go on."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckptstore import saving
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.errors import CheckpointError, ConflictError, CorruptError, InvalidInputError, NotFoundError
 from ckptstore.migration import identity, reading
@@ -137,32 +138,22 @@ class _Importer:
             if there is not None and METADATA_KEY in there.metadata and not self._replace:
                 raise ConflictError(
                     f"{planned.run}@{planned.step} was imported from {_source_of(there)!r} as it was then, and "
-                    f"{planned.source.path} is another one now. It is left as it is; give --replace (replace=True in "
-                    "Python) to put this one in its place."
+                    f"{planned.source.path} is another one now, or other parts of it were left out (--leave-out). It "
+                    "is left as it is; give --replace (replace=True in Python) to put this one in its place."
                 )
             identity.check_whole(planned.source)
-            about = before.metadata(planned.source.kind, identity.digest_of(planned.source))
+            about = before.metadata(planned.source.kind, identity.digest_of(planned.source), self._leave_out)
             content = reading.read(planned.source, trust=self._trust, leave_out=self._leave_out)
         except CheckpointError as error:
             return _failure(planned, size, error)
         # A failure of the store, from here on, ends the import: it would be that of all the others as well.
         try:
-            saved = self._save(planned, content, about, progress)
+            saved = self._save(planned, content, about, progress, lambda: _require_still(planned, before))
         except InvalidInputError as error:
             return _failure(planned, size, reading.explained_leaf(error, planned.source))
         except ConflictError as error:
             return _failure(planned, size, error)
-        if there == saved:
-            return _row(planned, size, saved, "there")
-        if not _is_still(planned, before):
-            # Its tensors were read while they were stored, so nobody knows which of its states this is.
-            self._store.run(planned.run).delete(planned.step)
-            return _failure(
-                planned,
-                size,
-                ConflictError(f"{planned.source.path} was written to while it was imported. Import it again."),
-            )
-        return _row(planned, size, saved, "imported")
+        return _row(planned, size, saved, "there" if there == saved else "imported")
 
     def _there(self, planned: Planned) -> Checkpoint | None:
         """What the step holds already. Raises CorruptError."""
@@ -183,6 +174,8 @@ class _Importer:
     def _is_same(self, planned: Planned, there: Checkpoint, now: Identity) -> bool:
         """Whether a checkpoint was made from this source as it is now."""
         about = there.metadata.get(METADATA_KEY)
+        if isinstance(about, dict) and about.get("leave_out", []) != list(self._leave_out):
+            return False
         if now.is_that_of(about):
             return True
         return (
@@ -192,7 +185,12 @@ class _Importer:
         )
 
     def _save(
-        self, planned: Planned, content: reading.Content, about: dict[str, Any], progress: Progress | None
+        self,
+        planned: Planned,
+        content: reading.Content,
+        about: dict[str, Any],
+        progress: Progress | None,
+        before_commit: Callable[[], None],
     ) -> Checkpoint:
         run = self._store.run(planned.run)
         if content.portable is not None:
@@ -200,28 +198,33 @@ class _Importer:
             added, _ = flatten(about, tensors=False, root="metadata")
             if found.metadata is None or TAG not in found.metadata:  # else it is no plain object that keys fit into
                 found.metadata = {**(found.metadata or {}), **added}
-            return run._save_portable(found, planned.step, replace=self._replace, progress=progress)
+            return run._save_portable(
+                found, planned.step, replace=self._replace, progress=progress, before_commit=before_commit
+            )
         metadata = {**content.metadata, **about}
         if content.is_lightning:
             # Where CkptstoreIO looks for the checkpoints that it can go on from.
             path = os.path.normpath(planned.source.path.absolute())
             metadata |= lightning_files.metadata_of(content.state, self._run, path)
-        return run.save(
-            content.state,
-            step=planned.step,
-            metrics=content.metrics,
-            metadata=metadata,
-            replace=self._replace,
-            progress=progress,
-        )
+        with run._turn():
+            snapshot = saving.take_apart(content.state, content.metrics, metadata)
+            return Checkpoint(run._saved(planned.step, snapshot, self._replace, progress, before_commit=before_commit))
 
 
-def _is_still(planned: Planned, before: Identity) -> bool:
-    """Whether a source is as it was."""
+def _require_still(planned: Planned, before: Identity) -> None:
+    """Raise ConflictError unless a source is as it was when it began to be read.
+
+    Asked when all of it is uploaded and nothing committed: its tensors are read from the file while they are stored, so
+    of one that changed meanwhile nobody knows which of its states they are.
+    """
     try:
-        return identity.look(planned.source) == before
+        is_still = identity.look(planned.source) == before
     except CheckpointError:  # it is gone
-        return False
+        is_still = False
+    if not is_still:
+        raise ConflictError(
+            f"{planned.source.path} was written to while it was imported. Nothing was saved of it; import it again."
+        )
 
 
 def _source_of(there: Checkpoint) -> Any:

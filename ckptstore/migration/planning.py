@@ -60,6 +60,7 @@ def plan(
     if step is not None:
         return Plan([Planned(sources.only_source(place), run, step)])
     found, passed_over = sources.find(place, exclude)
+    _refuse_trainings(found)
     ordering = _Ordering({source.name: source for source in found}, trust)
     return Plan(ordering.assigned(run, ordering.steps(step_from)), ordering.unreadable, passed_over)
 
@@ -131,6 +132,29 @@ class _Ordering:
                 "--exclude (exclude= in Python), or import it by itself as STORE/RUN@STEP."
             )
         return {name: step for name, step in inside.items() if step is not None}
+
+
+_OF_A_STEP = re.compile("ckpt|checkpoint|step|iter|epoch|update", re.IGNORECASE)
+"""In the names of files that count steps, and not ranks or parts."""
+
+
+def _refuse_trainings(found: Sequence[Source]) -> None:
+    """Raise InvalidInputError if folders hold the steps of a training each, rather than a checkpoint each."""
+    for source in found:
+        if source.kind != "folder":
+            continue
+        names = [path.name for path in source.path.iterdir() if path.is_file() and sources.is_state(path)]
+        names = [name for name in names if _OF_A_STEP.search(name) and not sources.SHARD.search(name)]
+        try:
+            told = {each.step for each in steps.step_names(names).values() if each.step is not None}
+        except InvalidInputError:
+            continue  # several numbers in a name, as shards have them
+        if len(told) > 1:
+            raise InvalidInputError(
+                f"{source.path} holds files of several steps ({steps.listed(names)}), so it is a training and no "
+                "checkpoint. Import each such folder into a run of its own; or leave it out with --exclude (exclude= "
+                "in Python)."
+            )
 
 
 def _by_step(found: dict[str, int]) -> dict[int, list[str]]:

@@ -11,14 +11,14 @@ from typing import Literal
 from ckptstore.errors import InvalidInputError
 from ckptstore.portable.files import explained
 
-__all__ = ["DCP_METADATA", "Kind", "Source", "files_in", "find", "only_source"]
+__all__ = ["DCP_METADATA", "SHARD", "Kind", "Source", "files_in", "find", "is_state", "only_source"]
 
 Kind = Literal["file", "dcp", "folder"]
 DCP_METADATA = ".metadata"
 TRAINER_STATE = "trainer_state.json"
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _TEMPORARY = re.compile(r"(\A[.~])|((\.(tmp|temp|part|partial|incomplete)|~)\Z)", re.IGNORECASE)
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _NAMES_SHOWN = 5
 
 
@@ -73,7 +73,7 @@ def only_source(place: Path) -> Source:
         if place.is_dir():
             return Source(place, _name(place), "dcp" if (place / DCP_METADATA).is_file() else "folder")
         place.stat()
-    if place.suffix not in ENDINGS:
+    if not is_state(place):
         raise InvalidInputError(f"{place} is of a kind that is not known: its name must end in {', '.join(ENDINGS)}.")
     return Source(place, _name(place), "file")
 
@@ -103,9 +103,9 @@ def _sorted_out(rows: Sequence[Path], exclude: Sequence[str]) -> tuple[list[Sour
             passed_over.append(f"{row.name}: a link to {Path(os.path.realpath(row)).name}")
         elif is_folder and (row / DCP_METADATA).is_file():
             found.append(Source(row, row.name, "dcp"))
-        elif is_folder and any(path.suffix in ENDINGS for path in row.iterdir()):
+        elif is_folder and any(is_state(path) for path in row.iterdir()):
             found.append(Source(row, row.name, "folder"))
-        elif not is_folder and row.suffix in ENDINGS and row.is_file():
+        elif not is_folder and is_state(row) and row.is_file():
             found.append(Source(row, row.name, "file"))
         else:
             passed_over.append(f"{row.name}: no checkpoint")
@@ -117,9 +117,14 @@ def _sorted_out(rows: Sequence[Path], exclude: Sequence[str]) -> tuple[list[Sour
     return found, passed_over
 
 
+def is_state(path: Path) -> bool:
+    """Whether a file's name says that it may be one of torch.save or safetensors."""
+    return path.suffix.lower() in ENDINGS
+
+
 def _is_one_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint itself, rather than a folder of some."""
     names = [path.name for path in folder.iterdir()]
     return any(
-        name in (DCP_METADATA, TRAINER_STATE) or name.endswith(".index.json") or _SHARD.search(name) for name in names
+        name in (DCP_METADATA, TRAINER_STATE) or name.endswith(".index.json") or SHARD.search(name) for name in names
     )

@@ -118,6 +118,10 @@ def damaged_records(file: Path) -> list[str]:
     try:
         with zipfile.ZipFile(file) as opened:
             records = opened.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise InvalidInputError(
+                    f"{file} has compressed parts, which torch.save never writes: what they unpack to has no bound."
+                )
             for record in records if any(record.CRC for record in records) else ():
                 try:
                     with opened.open(record) as content:

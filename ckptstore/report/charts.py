@@ -10,16 +10,12 @@ from ckptstore.report.facts import CheckpointFacts, Heat, RunFacts, StoreFacts
 
 __all__ = ["Chart", "of_run", "of_store"]
 
-MAX_METRICS = 12
+MAX_METRICS = 48
 Chart = dict[str, Any]
 """`title`, `spec`, and, of a heat map, `cells`, which the page makes rows of: rows would be most of its bytes."""
 _ACCENT, _SECOND, _THIRD = "#3b7dd8", "#e0913a", "#4aa87a"
-_STEP: dict[str, Any] = {
-    "field": "step",
-    "type": "quantitative",
-    "title": "step",
-    "axis": {"format": ",d", "grid": False, "tickMinStep": 1},
-}
+_FEW = 8
+"""So many checkpoints are named one by one below an axis: its own marks would lie between them."""
 _PARTS: dict[str, Any] = {"scheme": "blues", "domain": [0, 1]}
 _BYTES = {"format": "~s", "titleAnchor": "end"}
 
@@ -42,7 +38,7 @@ def of_run(run: RunFacts) -> dict[str, Chart]:
         return charts
     names = list(dict.fromkeys(name for each in sound for name in each.numbers))
     if names:
-        charts["metrics"] = _metrics(sound, names[:MAX_METRICS])
+        charts["metrics"] = _metrics(sound, names)
     charts["bytes"] = _bytes(sound)
     if len(sound) > 1:
         charts["pace"] = _pace(sound)
@@ -92,6 +88,7 @@ def _sharing(facts: StoreFacts) -> Chart:
 
 
 def _metrics(sound: list[CheckpointFacts], names: list[str]) -> Chart:
+    left_out, names = max(0, len(names) - MAX_METRICS), names[:MAX_METRICS]
     rows = [
         {"step": each.step, "metric": name, "value": each.numbers[name]}
         for each in sound
@@ -99,13 +96,13 @@ def _metrics(sound: list[CheckpointFacts], names: list[str]) -> Chart:
         if name in each.numbers and math.isfinite(each.numbers[name])
     ]
     return {
-        "title": "Metrics",
+        "title": f"Metrics; {left_out} more are in the table alone" if left_out else "Metrics",
         "spec": {
             **_spec(
                 rows,
                 mark={"type": "line", "point": len(sound) < 60, "interpolate": "monotone", "tooltip": True},
                 encoding={
-                    "x": _STEP,
+                    "x": _steps(sound),
                     "y": {
                         "field": "value",
                         "type": "quantitative",
@@ -144,7 +141,7 @@ def _bytes(sound: list[CheckpointFacts]) -> Chart:
             rows,
             mark={"type": "line", "point": len(sound) < 60, "tooltip": True},
             encoding={
-                "x": _STEP,
+                "x": _steps(sound),
                 "y": {"field": "bytes", "type": "quantitative", "title": "bytes", "axis": _BYTES},
                 "color": _colors("what", [what for what, _ in kinds], [_THIRD, _ACCENT, _SECOND]),
                 "tooltip": [_tip("step", "step", ","), _tip("what", "what"), _tip("bytes", "bytes", ",")],
@@ -161,7 +158,7 @@ def _pace(sound: list[CheckpointFacts]) -> Chart:
             rows,
             mark={"type": "bar", "tooltip": True, "color": _ACCENT},
             encoding={
-                "x": _STEP,
+                "x": _steps(sound),
                 "y": {"field": "seconds", "type": "quantitative", "title": "seconds", "axis": {"format": ",.3~g"}},
                 "tooltip": [_tip("step", "step", ","), _tip("seconds", "seconds", ",.1f")],
             },
@@ -226,6 +223,14 @@ def _matrix(
         },
         height=max(40, 16 * len(rows)),
     )
+
+
+def _steps(sound: list[CheckpointFacts]) -> dict[str, Any]:
+    """The axis of the steps."""
+    axis: dict[str, Any] = {"format": ",d", "grid": False, "tickMinStep": 1}
+    if len(sound) <= _FEW:
+        axis |= {"values": [each.step for each in sound]}
+    return {"field": "step", "type": "quantitative", "title": "step", "axis": axis}
 
 
 def _spec(

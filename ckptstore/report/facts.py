@@ -136,6 +136,7 @@ def gather(objects: Objects, run: str | None, rules: retention.Rules, rules_text
 
     Raises:
         NotFoundError: there is no store, or no such run.
+        InvalidInputError: no checkpoint of any run has a metric that a rule asks for.
         UnavailableError: the backend failed.
     """
     catalog.require_store(objects)
@@ -148,6 +149,8 @@ def gather(objects: Objects, run: str | None, rules: retention.Rules, rules_text
         for name, rows in listed.items()
         if rows.committed_steps()
     ]
+    if gathered and not any(each.planned for each in gathered):
+        raise InvalidInputError(f"no run has the metric of a rule: {rules_text}. ckptstore ls RUN shows the metrics.")
     found = [each.facts for each in gathered]
     shared = [[chunks.stored_bytes(one.chunks & other.chunks) for other in gathered] for one in gathered]
     for number, each in enumerate(gathered):
@@ -175,6 +178,8 @@ class _Run:
         self.going: set[int] = set()
         self.staying: set[int] = set()
         self._name = name
+        self.planned = True
+        """Whether a prune by the rules would do anything: it does not where no checkpoint has a metric."""
         self._numbers = chunks
         self._chunks_of: dict[int, Sequence[int]] = {}
         self._cuts: list[tuple[int, dict[str, list[tuple[str, int]]]]] = []
@@ -221,6 +226,7 @@ class _Run:
         try:
             reasons = retention.choose(candidates, rules, time.time())
         except InvalidInputError:  # no checkpoint has a metric that a rule asks for: a prune would do nothing
+            self.planned = False
             reasons = {each.step: [_NO_METRIC] for each in candidates}
         for each in self.facts.checkpoints:
             each.kept = list(map(_text, reasons[each.step]))

@@ -81,6 +81,8 @@ class LiveReport:
         live = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            timeout = 10  # seconds; who says nothing is not waited for
+
             def do_GET(self) -> None:
                 hosts = {f"{name}:{live.port}" for name in (HOST, "localhost")}
                 if self.headers.get("Host") not in hosts:

@@ -98,3 +98,8 @@ def test_damage_is_status_one_and_named(cli: Cli, ckpts: str) -> None:
     done = cli("diff", f"{ckpts}/lstm")
     assert done.status == 1
     assert "step 2 of run 'lstm': model, head: the chunk chunks/" in done.err
+
+
+def test_a_run_alone_is_looked_for_in_the_store_that_was_named_before(cli: Cli, ckpts: str) -> None:
+    assert cli("diff", f"{ckpts}/lstm", "tuned@3").out.startswith("lstm@3 → tuned@3: ")
+    assert cli("diff", f"{ckpts}/lstm", "none@3").status == 3

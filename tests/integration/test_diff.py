@@ -277,3 +277,11 @@ def test_progress_ends_at_what_was_to_be_read(tmp_path: Path) -> None:
     found = store.diff("lstm@1", store.run("lstm").latest() or "", progress=lambda *each: seen.append(each))
     assert seen[-1] == (found.read_bytes, found.read_bytes)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_a_pattern_that_no_tensor_matches_is_an_error_that_names_some(tmp_path: Path) -> None:
+    store, _ = make(tmp_path)
+    for step in (1, 2):
+        store.run("lstm").save({"model": {"w": torch.full((3,), float(step))}}, step=step)
+    with pytest.raises(InvalidInputError, match=r"no tensor that both have matches 'modle.\*'. There are model.w"):
+        store.diff("lstm@1", "lstm@2", tensors="modle.*")

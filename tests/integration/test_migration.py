@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -216,24 +217,89 @@ def test_a_step_that_the_training_saved_itself_is_left_as_it_is(store: Store, ru
     assert run.load(2) == {"mine": 1}
 
 
-def test_a_file_that_is_written_to_meanwhile_is_not_kept(
-    store: Store, run: Run, old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(old, range(1, 3))
-    save = Run.save
+@pytest.fixture
+def changing(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write to the file of step 1 while its tensors are stored."""
+    saved = Run._saved
 
-    def slow(self: Run, state: Any, **arguments: Any) -> Any:
-        saved = save(self, state, **arguments)
-        if arguments["step"] == 1:
+    def and_change(self: Run, step: int, *arguments: Any, **options: Any) -> Any:
+        if step == 1:
             torch.save({"other": 7}, old / "ckpt_1.pt.new")
             (old / "ckpt_1.pt.new").replace(old / "ckpt_1.pt")
-        return saved
+        return saved(self, step, *arguments, **options)
 
-    monkeypatch.setattr(Run, "save", slow)
+    monkeypatch.setattr(Run, "_saved", and_change)
+
+
+def test_a_file_that_is_written_to_meanwhile_is_never_committed(
+    store: Store, run: Run, old: Path, request: pytest.FixtureRequest
+) -> None:
+    train(old, range(1, 3))
+    request.getfixturevalue("changing")
     report = import_checkpoints(store, "run", old)
     assert [row.outcome for row in report.checkpoints] == ["failed", "imported"]
     assert "written to while it was imported" in report.failed[0].error
     assert run.steps() == [2]
+
+
+def test_what_was_to_be_replaced_stays_if_the_new_file_changes_meanwhile(
+    store: Store, run: Run, old: Path, request: pytest.FixtureRequest
+) -> None:
+    torch.save({"w": torch.ones(1000)}, old / "ckpt_1.pt")
+    import_checkpoints(store, "run", old)
+    torch.save({"w": torch.zeros(1000)}, old / "ckpt_1.pt")
+    request.getfixturevalue("changing")
+    assert import_checkpoints(store, "run", old, replace=True).failed
+    assert torch.equal(run.load(1)["w"], torch.ones(1000))
+
+
+def test_a_shard_that_was_put_back_with_an_older_time_is_another_source(store: Store, run: Run, old: Path) -> None:
+    folder = old / "checkpoint-5"
+    folder.mkdir()
+    for name, value, time in (("a.pt", 1.0, 1_000_000_000), ("b.pt", 2.0, 2_000_000_000)):
+        torch.save({"w": torch.full((100,), value)}, folder / name)
+        os.utime(folder / name, (time, time))
+    import_checkpoints(store, "run", old)
+    torch.save({"w": torch.zeros(100)}, folder / "a.pt")
+    os.utime(folder / "a.pt", (1_500_000_000, 1_500_000_000))
+    assert [row.outcome for row in import_checkpoints(store, "run", old).checkpoints] == ["failed"]
+    assert [row.outcome for row in import_checkpoints(store, "run", old, replace=True).checkpoints] == ["imported"]
+
+
+def test_what_was_left_out_is_not_taken_for_imported(store: Store, run: Run, old: Path) -> None:
+    torch.save({"w": torch.ones(3), "opt": torch.ones(4)}, old / "ckpt_1.pt")
+    import_checkpoints(store, "run", old, leave_out=["opt"])
+    [row] = import_checkpoints(store, "run", old).checkpoints
+    assert row.outcome == "failed"
+    assert "--leave-out" in row.error
+    assert [row.outcome for row in import_checkpoints(store, "run", old, leave_out=["opt"]).checkpoints] == ["there"]
+    import_checkpoints(store, "run", old, replace=True)
+    assert set(run.load(1)) == {"w", "opt"}
+
+
+def test_folders_of_trainings_are_not_taken_for_checkpoints(store: Store, run: Run, old: Path) -> None:
+    for name in ("run0", "run1"):
+        (old / name).mkdir()
+        train(old / name, range(1, 4))
+    with pytest.raises(InvalidInputError, match=r"holds files of several steps .* it is a training"):
+        import_checkpoints(store, "run", old)
+    assert import_checkpoints(store, "run", old / "run1").checkpoints[-1].step == 3
+
+
+def test_endings_in_capitals_are_endings(store: Store, run: Run, old: Path) -> None:
+    torch.save({"w": torch.ones(3)}, old / "STEP_10.PT")
+    import_checkpoints(store, "run", old)
+    assert run.steps() == [10]
+
+
+def test_a_file_with_compressed_parts_is_refused(store: Store, old: Path) -> None:
+    torch.save({"w": torch.ones(3)}, old / "plain.pt")
+    with zipfile.ZipFile(old / "plain.pt") as plain, zipfile.ZipFile(old / "ckpt_1.pt", "w") as packed:
+        for record in plain.infolist():
+            packed.writestr(record.filename, plain.read(record), zipfile.ZIP_DEFLATED)
+    (old / "plain.pt").unlink()
+    [row] = import_checkpoints(store, "run", old).checkpoints
+    assert "compressed parts" in row.error
 
 
 def test_a_dry_run_lists_the_order_and_changes_nothing(store: Store, old: Path, tmp_path: Path) -> None:

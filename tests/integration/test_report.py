@@ -278,3 +278,41 @@ def test_a_store_that_is_gone_is_said_and_the_server_goes_on(
     assert "is not a ckptstore store" in text
     (tmp_path / "away").rename(tmp_path / "ckpts")
     assert ask(live, path)[0] == 200
+
+
+def test_a_metric_that_no_run_has_is_refused(cli: Cli, store: ckptstore.Store) -> None:
+    done = cli("report", store.url, "--keep-best", "lost")
+    assert done.status == 2
+    assert "no run has the metric of a rule: --keep-best lost" in done.err
+
+
+def test_a_dash_is_standard_output(cli: Cli, store: ckptstore.Store) -> None:
+    done = cli("report", store.url, "-o", "-")
+    assert done.out.startswith("<!DOCTYPE html>")
+    assert not Path("-").exists()
+    assert cli("report", store.url, "-o", "-", "--json").status == 2
+
+
+def test_few_steps_are_named_one_by_one_and_many_metrics_are_counted(tmp_path: Path) -> None:
+    run = ckptstore.Store(tmp_path / "ckpts").run("a")
+    for step in (1, 2):
+        run.save({"x": step}, step=step, metrics={f"m{number}": 0.5 for number in range(50)})
+    drawn = charts.of_run(facts_of(ckptstore.Store(tmp_path / "ckpts")).runs[0])
+    assert drawn["bytes"]["spec"]["encoding"]["x"]["axis"]["values"] == [1, 2]
+    assert drawn["metrics"]["title"] == "Metrics; 2 more are in the table alone"
+
+
+def test_the_browser_is_sent_there_without_the_address_on_a_command_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ckptstore.cli import reporting
+
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    reporting._open("http://127.0.0.1:1/secret/")
+    [place] = opened
+    assert "secret" not in place
+    page_there = Path(urlsplit(place).path)
+    assert page_there.stat().st_mode & 0o077 == 0
+    assert "http://127.0.0.1:1/secret/" in page_there.read_text(encoding="utf-8")
