@@ -13,7 +13,7 @@ import torch
 
 from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.manifest import Manifest
-from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, join, registered_names, shown, tensor_places
+from ckptstore.skeleton import MAPPING_TAGS, TAG, TensorNode, children, join, registered_names, shown, tensor_places
 from ckptstore.skeleton import tensors as tensors_below
 from ckptstore.tree import (
     TORCH_DTYPES,
@@ -75,6 +75,9 @@ class Match:
         if not lines:
             return
         shown = "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
+        if any(not set(path) & set(".[") for path in self.missing):
+            stand = [path for path, _ in children(manifest.tree, "")]
+            shown += f". At its root stand: {', '.join(stand[:_SHOWN])}{', …' if len(stand) > _SHOWN else ''}"
         advice = self.wrapped or (
             "Restore into what was saved, or pass strict=False to leave out keys that differ."
             if not self.problems

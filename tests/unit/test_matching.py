@@ -2,6 +2,7 @@
 
 import uuid
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import ckptstore
-from ckptstore.errors import CorruptError
+from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.manifest import Manifest, Writer
 from ckptstore.matching import Match, match
 from ckptstore.tree import registry
@@ -356,3 +357,10 @@ def test_a_tag_that_is_nested_too_deep_to_be_written_out_is_told(live: Any) -> N
 def test_members_of_a_dict_that_make_no_sense_are_corrupt(items: Any) -> None:
     with pytest.raises(CorruptError):
         matched({"x": {"$": "dict", "items": items}}, {"x": {"a": torch.ones(1)}})
+
+
+def test_what_stands_at_the_root_is_named_where_a_name_there_is_missing(tmp_path: Path) -> None:
+    run = ckptstore.Store(tmp_path).run("a")
+    run.save({"model_state_dict": {"w": torch.ones(3)}, "epoch": 3}, step=1)
+    with pytest.raises(InvalidInputError, match="At its root stand: model_state_dict, epoch"):
+        run.restore({"model": {"w": torch.zeros(3)}})
