@@ -175,7 +175,7 @@ def _print(report: "ImportReport") -> None:
 
 
 def _cells(row: "ImportedCheckpoint") -> tuple[str, ...]:
-    is_stored = row.outcome in ("imported", "there")
+    is_stored = row.outcome == "imported"  # what is there already took what it took in its time
     return (
         row.run,
         "?" if row.step is None else str(row.step),
@@ -196,6 +196,8 @@ def _summary(report: "ImportReport") -> str:
     text = f"{counted(counts['imported'], 'checkpoint')} imported, {counts['there']} were there already"
     if report.failed:
         text += f", {counts['failed']} failed"
+    if report.passed_over:
+        text += f", {len(report.passed_over)} passed over (see above)"
     if report.raw_bytes:
         share = report.new_bytes / report.raw_bytes
         text += (

@@ -74,23 +74,22 @@ def place_folder(new: Path, folder: Path, *, overwrite: bool, durable: bool = Tr
     if durable:
         _sync_below(new)
     old = new.with_suffix(".old")
+    if overwrite and folder.exists():
+        folder.rename(old)
+    elif folder.exists():
+        raise _exists(folder)
     try:
-        if overwrite and folder.exists():
-            folder.rename(old)
-        elif folder.exists():
-            raise _exists(folder)
-        try:
-            # A folder that is not empty is never replaced by this, whoever made it meanwhile.
-            new.rename(folder)
-        except OSError as error:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            if folder.exists() and not overwrite:
-                raise _exists(folder) from error
-            raise
-        _sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        # A folder that is not empty is never replaced by this, whoever made it meanwhile.
+        new.rename(folder)
+    except OSError as error:
+        # Where there is one now that somebody else made, what was there before stays under its other name.
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if folder.exists() and not overwrite:
+            raise _exists(folder) from error
+        raise
+    _sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_below(folder: Path) -> None:
