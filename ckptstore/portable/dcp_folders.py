@@ -43,8 +43,15 @@ def read_dcp_folder(folder: Path, *, trust: bool = False, keys: Collection[str] 
         UnavailableError: it cannot be read.
     """
     state: dict[str, Any] = {}
-    with explained("read", folder / METADATA), (folder / METADATA).open("rb"):
-        pass
+    with explained("read", folder / METADATA):
+        if trust:
+            (folder / METADATA).open("rb").close()
+        else:
+            try:
+                read_metadata(folder)  # once before torch does, which prints what it catches and tells something else
+            except InvalidInputError as error:
+                text = str(error).removeprefix(f"{folder}: ")
+                raise InvalidInputError(f"{folder}: {text}") from error
     reader = FileSystemReader(folder) if trust else _SafeReader(folder)
     planner_type: Any = _TrustingPlanner if trust else _SafePlanner
     planner = planner_type(None if keys is None else set(keys))

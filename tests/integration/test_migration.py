@@ -793,3 +793,15 @@ def test_a_checkpoint_that_came_from_no_folder_is_not_written_as_one(run: Run, t
     with pytest.raises(InvalidInputError, match=r"export it to a \.pt file"):
         run.export(tmp_path / "out", format="dcp")
     assert not (tmp_path / "out").exists()
+
+
+def test_code_in_the_description_of_a_dcp_folder_is_refused_in_our_words(store: Store, old: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.system, (f"touch {old}/owned",)
+
+    (old / "step_5").mkdir()
+    (old / "step_5" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    [row] = import_checkpoints(store, "run", old).checkpoints
+    assert row.error.startswith(f"{old}/step_5: its .metadata holds an object that only running code could make")
+    assert not (old / "owned").exists()
