@@ -194,6 +194,21 @@ def test_names_from_a_store_do_nothing_but_show(browser: Any, tmp_path: Path) ->
     assert not set(file.read_text(encoding="utf-8")) & {"\u202e", "\x1b", "\u2028"} & set(text)
 
 
+def test_names_that_every_object_of_javascript_has_are_drawn_as_others(browser: Any, tmp_path: Path) -> None:
+    store = ckptstore.Store(tmp_path / "ckpts")
+    names = ("constructor", "__proto__", "hasOwnProperty")
+    for name in names:
+        for step in (1, 2, 3):
+            store.run(name).save({each: [step] for each in names}, step=step, metrics=dict.fromkeys(names, 1.0 * step))
+    file = written(store, tmp_path / "report.html")
+    for place in ("#store", "#run-1", "#run-2"):
+        opened(browser, file, place)
+        for box in browser.find_elements(By.CSS_SELECTOR, "section:not([hidden]) [data-chart]"):
+            browser.execute_script("arguments[0].scrollIntoView()", box)
+            wait_for_chart(browser, box)
+    assert console(browser) == []
+
+
 def test_a_script_that_got_in_would_not_run(browser: Any, store: ckptstore.Store, tmp_path: Path) -> None:
     file = written(store, tmp_path / "report.html")
     spoilt = file.read_text(encoding="utf-8").replace("<main>", "<main><script>window.owned=1</script>", 1)
