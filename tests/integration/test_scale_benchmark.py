@@ -75,8 +75,9 @@ def test_a_prune_reads_each_manifest_once_and_no_chunk(folder: Path) -> None:
 
 
 def test_ls_reads_each_manifest_once(folder: Path) -> None:
-    assert requests_of(folder, SIZE, "ls STORE") == {"list": RUN_PAGES, "get": 1 + SIZE.checkpoints}
-    assert requests_of(folder, SIZE, "ls STORE/RUN") == {"list": RUN_PAGES + 1, "get": 1 + SIZE.checkpoints}
+    # Lists: the runs, and condemned/ for what is marked as damaged; of a run its tags as well.
+    assert requests_of(folder, SIZE, "ls STORE") == {"list": RUN_PAGES + 1, "get": 1 + SIZE.checkpoints}
+    assert requests_of(folder, SIZE, "ls STORE/RUN") == {"list": RUN_PAGES + 2, "get": 1 + SIZE.checkpoints}
 
 
 def test_the_newest_checkpoint_and_the_steps_of_a_run_take_the_same_in_a_store_of_any_size(folder: Path) -> None:
