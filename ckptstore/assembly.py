@@ -3,7 +3,6 @@
 The counterpart of segments.py. Knows manifests and memory; which tensors are wanted, and what they are for, is told.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,8 @@ import torch
 
 from ckptstore import blocks as boxes
 from ckptstore import chunk
-from ckptstore.decoding import decode_chain, each_of_chain, get_chain
-from ckptstore.errors import CorruptError, InvalidInputError, retold
+from ckptstore.decoding import decode_chain, each_of_chain, get_chain, named
+from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest, Placed, Segment
 from ckptstore.objects.base import Objects
@@ -201,7 +200,7 @@ class Assembly:
         )
 
     def _fetch(self, objects: Objects, job: _Job) -> list[bytes]:
-        with self._named(job):
+        with named(self.manifest, job.index):
             return get_chain(objects, job.chain)
 
     def _write(self, objects: Objects, job: _Job, contents: list[bytes]) -> None:
@@ -211,7 +210,7 @@ class Assembly:
         job.place(raw)
 
     def _decode(self, objects: Objects, job: _Job, contents: list[bytes], raw: ByteArray) -> None:
-        with self._named(job):
+        with named(self.manifest, job.index):
             try:
                 decode_chain(job.chain, contents, raw)
             except CorruptError:
@@ -282,18 +281,6 @@ class Assembly:
 
     def _name(self) -> str:
         return f"step {self.manifest.step} of run {self.manifest.run!r}"
-
-    @contextlib.contextmanager
-    def _named(self, job: _Job) -> Iterator[None]:
-        """Add to an error which tensors of which step it concerns."""
-        try:
-            yield
-        except CorruptError as error:
-            paths = self.manifest.paths_of_chunk(job.index)
-            paths = paths if len(paths) <= 8 else [*paths[:8], f"and {len(paths) - 8} more"]
-            error.key = error.key or job.chain[-1].key
-            text = f"{self._name()}: {', '.join(paths)}: the chunk {error.key}: {error}"
-            raise retold(error, text) from error
 
 
 def _new_memory(length: int) -> ByteArray:

@@ -11,7 +11,7 @@ from typing import Any
 from ckptstore import protocol
 from ckptstore.errors import CorruptError, UnavailableError
 from ckptstore.format import condemned_key, new_save_id
-from ckptstore.manifest import Condemned, encode, format_naming
+from ckptstore.manifest import Condemned, Manifest, encode, format_naming
 from ckptstore.objects.base import Objects
 from ckptstore.pipeline import each
 from ckptstore.writer import now_text
@@ -47,6 +47,11 @@ def marked_corrupt(objects: Objects, *, strict: bool = False) -> set[str]:
     if strict and None in lists:
         raise CorruptError(protocol.UNREADABLE_LIST)
     return {key for each in lists if each is not None and each.reason == "corrupt" for key in each.keys}
+
+
+def needs_any(manifest: Manifest, corrupt: set[str]) -> bool:
+    """Whether a checkpoint needs one of these chunks."""
+    return bool(corrupt) and any(ref.key in corrupt for ref in manifest.chunks)
 
 
 def _looked(

@@ -1,14 +1,28 @@
 """A chunk object, and those that it stands on: fetched, and decoded to raw bytes."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from ckptstore import chunk
-from ckptstore.errors import CorruptError, MissingChunkError
+from ckptstore.errors import CorruptError, MissingChunkError, retold
 from ckptstore.kernels import ByteArray
-from ckptstore.manifest import ChunkRef
+from ckptstore.manifest import ChunkRef, Manifest
 from ckptstore.objects.base import Objects
+
+
+@contextlib.contextmanager
+def named(manifest: Manifest, index: int) -> Iterator[None]:
+    """Add to an error of a chunk of the manifest's table which tensors of which checkpoint it concerns."""
+    try:
+        yield
+    except CorruptError as error:
+        paths = manifest.paths_of_chunk(index)
+        paths = paths if len(paths) <= 8 else [*paths[:8], f"and {len(paths) - 8} more"]
+        error.key = error.key or manifest.chunks[index].key
+        where = f"step {manifest.step} of run {manifest.run!r}: {', '.join(paths)}"
+        raise retold(error, f"{where}: the chunk {error.key}: {error}") from error
 
 
 def get_chain(objects: Objects, chain: Sequence[ChunkRef]) -> list[bytes]:

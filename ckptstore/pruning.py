@@ -9,7 +9,7 @@ from typing import Any
 from ckptstore import catalog, protocol, tagging
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.chunk_numbers import ChunkNumbers
-from ckptstore.condemning import marked_corrupt
+from ckptstore.condemning import marked_corrupt, needs_any
 from ckptstore.errors import UnavailableError
 from ckptstore.format import ManifestKey
 from ckptstore.objects.base import ObjectInfo, Objects
@@ -141,7 +141,7 @@ def _step(run: str, step: int, candidates: list[protocol.Candidate], corrupt: se
         tuple(found.key for found in candidates),
         max(found.modified for found in candidates),
         Checkpoint(manifest).metrics if manifest else {},
-        manifest is None or (bool(corrupt) and any(ref.key in corrupt for ref in manifest.chunks)),
+        manifest is None or needs_any(manifest, corrupt),
         chunks.of(manifest) if manifest else array("I"),
     )
 

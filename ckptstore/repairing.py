@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ckptstore import catalog, protocol
-from ckptstore.condemning import marked_corrupt
+from ckptstore.condemning import marked_corrupt, needs_any
 from ckptstore.errors import ConflictError, FencedError
 from ckptstore.format import ChunkKey, ManifestKey, new_save_id
 from ckptstore.manifest import Manifest, TensorPaths
@@ -87,7 +87,7 @@ def repair(objects: Objects, run: str | None = None) -> RepairReport:
         if manifest is None:
             return RepairedStep(name, step, ()) if damaged else None
         held = frozenset(ref.digest for ref in manifest.chunks) & digests
-        needs_repair = run in (None, name) and any(ref.key in corrupt for ref in manifest.chunks)
+        needs_repair = run in (None, name) and needs_any(manifest, corrupt)
         return _Found(manifest.key, manifest if needs_repair else None, held)
 
     looked = each(look, steps, threads=objects.request_threads)

@@ -308,10 +308,7 @@ class Store:
         if isinstance(wanted, Checkpoint):
             return catalog.manifest_of(self._objects, wanted.run, wanted.step)
         run, step = split_run(wanted)
-        if step is None:
-            self._require(run)
-            return catalog.newest_or_raise(self._objects, run)
-        return catalog.manifest_of(self._objects, run, step)
+        return catalog.pick(self._objects, run, step)
 
     def _require(self, run: str | None) -> None:
         """Raise NotFoundError if there is no store, or no such run."""

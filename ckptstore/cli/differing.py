@@ -114,10 +114,9 @@ def diff(
     given = parse_options(storage_options)
     place = resolve(target, given)
     place.require_run()
-    catalog.require_store(place.objects)
     theirs = _other(place, other, parse_options(other_storage_options) or given)
-    after = _manifest(theirs if theirs is not None else place)
-    before = _manifest(place) if theirs is not None else _one_before(place, after)
+    after = _picked(theirs or place)
+    before = _picked(place) if theirs else _one_before(place, after)
     from ckptstore import diffing  # takes NumPy
 
     with progress_bar("Comparing", shown=not as_json) as progress:
@@ -145,15 +144,11 @@ def _other(place: Target, other: str | None, given: dict[str, Any] | None) -> Ta
         return Target(place.objects, *split_run(other))  # of the store that was named a word before
     theirs = resolve(other, given)
     theirs.require_run()
-    catalog.require_store(theirs.objects)
     return theirs
 
 
-def _manifest(place: Target) -> Manifest:
-    run = place.require_run()
-    if place.step is None:
-        return catalog.newest_or_raise(place.objects, run)
-    return catalog.manifest_of(place.objects, run, place.step)
+def _picked(place: Target) -> Manifest:
+    return catalog.pick(place.objects, place.require_run(), place.step)
 
 
 def _one_before(place: Target, after: Manifest) -> Manifest:

@@ -11,7 +11,7 @@ from ckptstore.chunk_numbers import ChunkNumbers
 from ckptstore.cli.options import Json, OptionalTarget, StorageOptions, examples
 from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, print_table, printable, time_text, warn
 from ckptstore.cli.target import Target, parse_options, resolve
-from ckptstore.condemning import marked_corrupt
+from ckptstore.condemning import marked_corrupt, needs_any
 from ckptstore.errors import NotFoundError
 from ckptstore.format import ManifestKey
 from ckptstore.manifest import Manifest
@@ -103,9 +103,8 @@ def _read(place: Target) -> _Found:
     corrupt = marked_corrupt(objects)
     for manifest, damaged in catalog.read_steps(objects, steps):
         if manifest is not None:
-            needs_damaged = bool(corrupt) and any(ref.key in corrupt for ref in manifest.chunks)
             run_found = found.runs.setdefault(manifest.run, _Run())
-            run_found.add(manifest, found.chunks.of(manifest), damaged=needs_damaged)
+            run_found.add(manifest, found.chunks.of(manifest), damaged=needs_any(manifest, corrupt))
         else:
             found.damaged += damaged
     if run is not None and not found.runs and not found.damaged:

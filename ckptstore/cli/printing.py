@@ -62,16 +62,23 @@ def warn(text: object) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(doing: str, *, shown: bool) -> Iterator[Progress | None]:
-    """A bar on stderr, for what takes `progress(done_bytes, all_bytes)`; None unless stderr is a terminal."""
+def progress_bar(doing: str, *, shown: bool, of_bytes: bool = True) -> Iterator[Progress | None]:
+    """A bar on stderr, for what takes `progress(done, all)`, of bytes or of things; None if stderr is no terminal."""
     if not shown or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bar
 
-    columns = (doing, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    counts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
+    columns = (doing, BarColumn(), *counts, TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -2,10 +2,8 @@
 
 import atexit
 import contextlib
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +11,11 @@ import typer
 
 from ckptstore import retention
 from ckptstore.cli import options
-from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, printable
+from ckptstore.cli.printing import bytes_text, counted, print_json, print_line, printable, progress_bar
 from ckptstore.cli.target import Target, parse_options, resolve
 from ckptstore.errors import InvalidInputError
-from ckptstore.pipeline import Progress, worker_threads
+from ckptstore.pipeline import worker_threads
+from ckptstore.whole_files import check_destination, write_whole
 
 __all__ = ["add_to"]
 
@@ -83,20 +82,21 @@ def report(
 
     place = resolve(target, parse_options(storage_options))
     place.refuse_step("report shows")
-    if str(output) == "-" and as_json:
+    to_stdout = str(output) == "-"
+    if to_stdout and as_json:
         raise InvalidInputError("the page and the JSON document cannot both go to standard output.")
-    if output.is_dir():
-        raise InvalidInputError(f"{output} is a folder. Give the name of a file with -o.")
+    if not to_stdout:
+        check_destination(output, overwrite=True)
     rules, text = _rules(keep_last, keep_every, keep_within, keep_best)
-    with _pairs_bar(shown=drift and not as_json) as progress:
+    with progress_bar("comparing", shown=drift and not as_json, of_bytes=False) as progress:
         facts = reports.make(
             place.objects, place.run, rules, text, drift=drift, threads=worker_threads(), progress=progress
         )
     content = reports.render(facts, whole=place.run is None).encode()
-    if str(output) == "-":
+    if to_stdout:
         sys.stdout.write(content.decode())
         return 0
-    _write(output, content)
+    write_whole(output, lambda temporary: temporary.write_bytes(content), overwrite=True)
     checkpoints = sum(len(run.checkpoints) for run in facts.runs)
     if as_json:
         print_json(
@@ -136,7 +136,6 @@ def ui(
     place = resolve(target, parse_options(storage_options))
     place.refuse_step("ui shows")
     rules, text = _rules(keep_last, keep_every, keep_within, keep_best)
-    reports.make(place.objects, place.run, rules, text)  # what fails is told here
 
     def page(state: str) -> str:
         facts = reports.make(place.objects, place.run, rules, text)
@@ -146,10 +145,11 @@ def ui(
         live = LiveReport(place.objects, page, port=port)
     except OSError as error:
         raise InvalidInputError(f"port {port} cannot be listened on: {error.strerror}. Give another --port.") from error
-    _serve(place, live.url, open_browser=open_browser)
-    with contextlib.suppress(KeyboardInterrupt):  # how it is to be ended
-        live.run()
-    live.close()
+    with contextlib.closing(live):
+        live.prepare()  # what fails is told here
+        _serve(place, live.url, open_browser=open_browser)
+        with contextlib.suppress(KeyboardInterrupt):  # how it is to be ended
+            live.run()
     return 0
 
 
@@ -186,42 +186,3 @@ def _rules(
         *(f"--keep-best {each}" for each in best or ()),
     ]
     return rules, " ".join(words)
-
-
-@contextlib.contextmanager
-def _pairs_bar(*, shown: bool) -> Iterator[Progress | None]:
-    """As `progress_bar`, of pairs of checkpoints."""
-    if not shown or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = ("comparing", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Give the file its content as a whole, or leave it as it was."""
-    folder = file.parent
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=folder)
-        try:
-            with os.fdopen(descriptor, "wb") as opened:
-                opened.write(content)
-            os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101  # as `open` would have made it
-            os.replace(temporary, file)  # noqa: PTH105
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InvalidInputError(f"{file} cannot be written: {error.strerror}.") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

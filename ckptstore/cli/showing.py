@@ -57,11 +57,7 @@ def show(
     """
     place = resolve(target, parse_options(storage_options))
     run = place.require_run()
-    catalog.require_store(place.objects)
-    if place.step is None:
-        manifest = catalog.newest_or_raise(place.objects, run)
-    else:
-        manifest = catalog.manifest_of(place.objects, run, place.step)
+    manifest = catalog.pick(place.objects, run, place.step)
     root = _tree(manifest)
     state = _State(
         tagging.listed(place.objects, run).get(manifest.step, ()),

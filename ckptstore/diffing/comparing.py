@@ -4,7 +4,6 @@ A chunk before and the chunk after that hold the same elements are fetched toget
 there; only sums are kept. So are all tensors that small chunks hold many of.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ckptstore import blocks as boxes
-from ckptstore.decoding import decode_chain, get_chain
+from ckptstore.decoding import decode_chain, get_chain, named
 from ckptstore.diffing.alignment import Aligned, Taken, align
 from ckptstore.diffing.numbers import Elements, Moved
 from ckptstore.diffing.trees import Pair
-from ckptstore.errors import CorruptError, retold
 from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest
 from ckptstore.objects.base import Objects
@@ -156,7 +154,7 @@ class Comparison:
         contents: dict[tuple[int, str], bytes] = {}
         for side, index, chain in self._chains(job):
             lacking = [ref for ref in chain if (id(side.objects), ref.key) not in contents]
-            with _named(side, index):
+            with named(side.manifest, index):
                 fetched = get_chain(side.objects, lacking)
             contents |= {(id(side.objects), ref.key): content for ref, content in zip(lacking, fetched, strict=True)}
         return contents
@@ -165,7 +163,7 @@ class Comparison:
         decoded: list[ByteArray] = []
         for side, index, chain in self._chains(job):
             raw = np.empty(chain[-1].raw, np.uint8)
-            with _named(side, index):
+            with named(side.manifest, index):
                 decode_chain(chain, [contents[id(side.objects), ref.key] for ref in chain], raw)
             decoded.append(raw)
         contents.clear()
@@ -222,7 +220,7 @@ def _whole(side: Side, node: TensorNode) -> ByteArray:
     for placed in side.manifest.placed(node.segment):
         chain = side.manifest.chain(placed.chunk)
         raw = np.empty(chain[-1].raw, np.uint8)
-        with _named(side, placed.chunk):
+        with named(side.manifest, placed.chunk):
             decode_chain(chain, get_chain(side.objects, chain), raw)
         if segment.shape is None:
             memory[placed.start : placed.stop] = raw[placed.offset : placed.offset + placed.stop - placed.start]
@@ -243,17 +241,3 @@ def _whole(side: Side, node: TensorNode) -> ByteArray:
 def _stored(side: Side, node: TensorNode) -> int:
     indices = side.manifest.segments[node.segment].chunks
     return sum(ref.stored for index in indices for ref in side.manifest.chain(index))
-
-
-@contextlib.contextmanager
-def _named(side: Side, index: int) -> Iterator[None]:
-    """Add to an error which tensors of which checkpoint it concerns."""
-    try:
-        yield
-    except CorruptError as error:
-        manifest = side.manifest
-        paths = manifest.paths_of_chunk(index)
-        paths = paths if len(paths) <= 8 else [*paths[:8], f"and {len(paths) - 8} more"]
-        error.key = error.key or manifest.chunks[index].key
-        name = f"step {manifest.step} of run {manifest.run!r}"
-        raise retold(error, f"{name}: {', '.join(paths)}: the chunk {error.key}: {error}") from error

@@ -51,18 +51,17 @@ def compare_trees(before: Manifest, after: Manifest) -> tuple[list[Change], list
     changes: list[Change] = []
     pairs: list[Pair] = []
     for place, was in old.items():
-        if place not in new:
-            changes += _one_sided(place[0], was, "removed")
-            continue
-        now = new[place]
-        if isinstance(was, TensorNode) and isinstance(now, TensorNode):
-            changes += _of_tensors(place[0], was, now)
-            if (was.tag, was.dtype, was.shape) == (now.tag, now.dtype, now.shape):
-                pairs.append(Pair(place[0], was, now))
-        elif _type(was) != _type(now):
-            changes.append(Change(place[0], "type", _described(was), _described(now)))
-        elif not _holds(was) and not _holds(now) and _encoded(was) != _encoded(now):
-            changes.append(Change(place[0], "value", to_json(was), to_json(now)))
+        path, now = place[0], new.get(place)
+        if now is None:
+            changes += _one_sided(path, was, "removed")
+        elif isinstance(was.node, TensorNode) and isinstance(now.node, TensorNode):
+            changes += _of_tensors(path, was.node, now.node)
+            if (was.node.tag, was.node.dtype, was.node.shape) == (now.node.tag, now.node.dtype, now.node.shape):
+                pairs.append(Pair(path, was.node, now.node))
+        elif was.type != now.type:
+            changes.append(Change(path, "type", was.described, now.described))
+        elif not was.members and not now.members and _encoded(was.node) != _encoded(now.node):
+            changes.append(Change(path, "value", to_json(was.node), to_json(now.node)))
     for place, now in new.items():
         if place not in old:
             changes += _one_sided(place[0], now, "added")
@@ -82,8 +81,27 @@ def compare_values(before: dict[str, Any], after: dict[str, Any]) -> list[Change
     return changes
 
 
-def _nodes(manifest: Manifest) -> Iterator[tuple[tuple[str, int], Any]]:
-    """Every node of the tree, tensors parsed, by its path and by how many of that path come before it.
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A node of a tree, parsed if it is a tensor's, and how many stand in it, which tell of themselves."""
+
+    node: Any
+    members: int
+
+    @property
+    def type(self) -> str:
+        return f"tensor {self.node.tag}" if isinstance(self.node, TensorNode) else type_name(self.node)
+
+    @property
+    def described(self) -> Any:
+        """A tensor or a container in a few words; a value as it is."""
+        if isinstance(self.node, TensorNode):
+            return _tensor_text(self.node)
+        return f"{self.type} of {self.members}" if is_container(self.node) else to_json(self.node)
+
+
+def _nodes(manifest: Manifest) -> Iterator[tuple[tuple[str, int], _Node]]:
+    """Every node of the tree by its path and by how many of that path come before it.
 
     Different keys can make one path: that "a.b" is a key, or "b" one below "a", is not seen in it.
     """
@@ -94,46 +112,33 @@ def _nodes(manifest: Manifest) -> Iterator[tuple[tuple[str, int], Any]]:
         path, node, depth = stack.pop()
         if depth > MAX_DEPTH:
             raise CorruptError(f"{path} is nested deeper than {MAX_DEPTH} containers")
-        yield (path, seen[path]), TensorNode.from_json(node, path, lengths) if is_tensor(node) else node
+        below = children(node, path)
+        parsed = TensorNode.from_json(node, path, lengths) if is_tensor(node) else node
+        yield (path, seen[path]), _Node(parsed, len(below))
         seen[path] += 1
-        if not is_tensor(node):
-            stack += [(below, child, depth + 1) for below, child in reversed(children(node, path))]
-
-
-def _holds(node: Any) -> bool:
-    """Whether others stand in the node, which tell of themselves."""
-    return isinstance(node, TensorNode) or bool(children(node, ""))
-
-
-def _type(node: Any) -> str:
-    return f"tensor {node.tag}" if isinstance(node, TensorNode) else type_name(node)
+        stack += [(path_below, child, depth + 1) for path_below, child in reversed(below)]
 
 
 def _encoded(node: Any) -> bytes:
     return msgspec.json.encode(node)
 
 
-def _one_sided(path: str, node: Any, kind: str) -> Iterator[Change]:
+def _one_sided(path: str, node: _Node, kind: str) -> Iterator[Change]:
     """What is there on one side only; nothing for a container whose members tell of themselves."""
-    if isinstance(node, TensorNode) or not children(node, ""):
-        text = _described(node)
+    if not node.members:
+        text = node.described
         yield Change(path, kind, None if kind == "added" else text, text if kind == "added" else None)
 
 
 def _of_tensors(path: str, before: TensorNode, after: TensorNode) -> Iterator[Change]:
     """What has changed of two tensors at one path but their elements."""
-    old, new = _described(before), _described(after)
+    old, new = _tensor_text(before), _tensor_text(after)
     if old != new:
         yield Change(path, "type", old, new)
     if before.requires_grad != after.requires_grad:
         yield Change(f"{path}.requires_grad", "value", before.requires_grad, after.requires_grad)
 
 
-def _described(node: Any) -> Any:
-    """A tensor or a container in a few words; a value as it is."""
-    if isinstance(node, TensorNode):
-        kind = {"tensor": "", "ndarray": "array ", "blob": "bytes "}[node.tag]
-        return f"{kind}{node.dtype} {list(node.shape)}"
-    if is_container(node):
-        return f"{type_name(node)} of {len(children(node, ''))}"
-    return to_json(node)
+def _tensor_text(node: TensorNode) -> str:
+    kind = {"tensor": "", "ndarray": "array ", "blob": "bytes "}[node.tag]
+    return f"{kind}{node.dtype} {list(node.shape)}"

@@ -11,8 +11,8 @@ import blake3
 
 from ckptstore.errors import InvalidInputError
 from ckptstore.migration.sources import Source, files_in
-from ckptstore.portable.files import explained
 from ckptstore.portable.torch_files import damaged_records
+from ckptstore.whole_files import explained
 
 __all__ = ["METADATA_KEY", "Identity", "check_whole", "digest_of", "look"]
 
@@ -61,11 +61,12 @@ class Identity:
 def look(source: Source) -> Identity:
     """What a source is like now. Raises UnavailableError, NotFoundError."""
     with explained("read", source.path):
-        facts = [path.stat() for path in files_in(source)]
-        names = [os.fsencode(path.relative_to(source.path.parent)) for path in files_in(source)]
+        files = files_in(source)
+        facts = [path.stat() for path in files]
+    names = [os.fsencode(path.relative_to(source.path.parent)) for path in files]
     told = b"".join(
         b"%d %d %d %s" % (len(name), fact.st_size, fact.st_mtime_ns, name)
-        for name, fact in zip(names, facts, strict=False)
+        for name, fact in zip(names, facts, strict=True)
     )
     newest = max((fact.st_mtime_ns for fact in facts), default=0)
     # In whole microseconds: a float has no room for more.

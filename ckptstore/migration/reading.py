@@ -12,7 +12,7 @@ from ckptstore.errors import CheckpointError, InvalidInputError, retold
 from ckptstore.migration.sources import Source
 from ckptstore.portable import Portable, folders, lightning_files, safetensors_files, torch_files, trainer_folders
 from ckptstore.portable.dcp_folders import read_dcp_folder
-from ckptstore.portable.files import explained
+from ckptstore.whole_files import explained
 
 __all__ = ["STEP_KEYS", "Content", "explained_leaf", "read", "step_inside", "without"]
 

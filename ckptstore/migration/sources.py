@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ckptstore.errors import InvalidInputError
-from ckptstore.portable.files import explained
+from ckptstore.whole_files import explained
 
 __all__ = ["DCP_METADATA", "SHARD", "Kind", "Source", "files_in", "find", "is_state", "only_source"]
 

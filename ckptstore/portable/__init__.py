@@ -17,10 +17,10 @@ from ckptstore.objects.base import Objects
 from ckptstore.pipeline import Progress
 from ckptstore.portable import safetensors_files, torch_files
 from ckptstore.portable.content import Portable
-from ckptstore.portable.files import check_destination, check_folder, explained, write_whole
 from ckptstore.portable.folders import holds_files, read_folder, write_folder
 from ckptstore.skeleton import tensors
 from ckptstore.tree import flatten, unflatten
+from ckptstore.whole_files import check_destination, check_folder, explained, write_whole
 
 __all__ = [
     "SUFFIXES",

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ckptstore.errors import InvalidInputError
 from ckptstore.portable import torch_files
 from ckptstore.portable.dcp_metadata import METADATA, read_metadata
-from ckptstore.portable.files import explained, place_folder
+from ckptstore.whole_files import explained, place_folder
 
 __all__ = ["METADATA", "read_dcp_folder", "write_dcp_folder"]
 

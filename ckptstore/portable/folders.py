@@ -19,9 +19,9 @@ import torch
 
 from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.portable import torch_files
-from ckptstore.portable.files import explained, place_folder
 from ckptstore.skeleton import TensorNode
 from ckptstore.tree import flatten
+from ckptstore.whole_files import explained, place_folder
 
 __all__ = ["holds_files", "read_folder", "write_folder"]
 

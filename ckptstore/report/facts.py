@@ -6,13 +6,15 @@ here, at the door, so that nothing behind it has to think of characters that act
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from ckptstore import catalog, retention, tagging
 from ckptstore.chunk_numbers import ChunkNumbers
-from ckptstore.condemning import marked_corrupt
+from ckptstore.condemning import marked_corrupt, needs_any
 from ckptstore.errors import CorruptError, InvalidInputError, NotFoundError
 from ckptstore.manifest import Manifest
 from ckptstore.objects.base import Objects
@@ -20,7 +22,7 @@ from ckptstore.plain_values import pairs, to_json, to_text
 from ckptstore.skeleton import tensors
 from ckptstore.texts import printable
 
-__all__ = ["CheckpointFacts", "Heat", "RunFacts", "StoreFacts", "gather"]
+__all__ = ["MAX_HEAT_STEPS", "CheckpointFacts", "Heat", "RunFacts", "StoreFacts", "gather", "heat_of"]
 
 MAX_HEAT_STEPS, MAX_HEAT_TENSORS = 120, 48
 """Of a heat map: the newest checkpoints and the largest tensors; a screen shows no more."""
@@ -86,7 +88,8 @@ class RunFacts:
         checkpoints: by step.
         logical_bytes: what they would take whole and uncompressed. stored_bytes: of their different chunks.
         shared_bytes: of these, those that other runs of the report need as well.
-        freed_bytes: what a prune by the rules and a collection would free, of this run alone.
+        freed_bytes: what a prune by the rules and a collection would free, of this run alone: what other runs of the
+            report need is left out.
         heat: None for a run with fewer than two checkpoints.
     """
 
@@ -153,11 +156,12 @@ def gather(objects: Objects, run: str | None, rules: retention.Rules, rules_text
         raise InvalidInputError(f"no run has the metric of a rule: {rules_text}. ckptstore ls RUN shows the metrics.")
     found = [each.facts for each in gathered]
     shared = [[chunks.stored_bytes(one.chunks & other.chunks) for other in gathered] for one in gathered]
-    for number, each in enumerate(gathered):
-        others: set[int] = set().union(*(other.chunks for other in gathered if other is not each))
-        found[number].stored_bytes = chunks.stored_bytes(each.chunks)
-        found[number].shared_bytes = chunks.stored_bytes(each.chunks & others)
-        found[number].freed_bytes = chunks.stored_bytes(each.going - each.staying - others)
+    users = Counter(number for each in gathered for number in each.chunks)
+    for each in gathered:
+        going = each.going - each.staying
+        each.facts.stored_bytes = chunks.stored_bytes(each.chunks)
+        each.facts.shared_bytes = chunks.stored_bytes(number for number in each.chunks if users[number] > 1)
+        each.facts.freed_bytes = chunks.stored_bytes(number for number in going if users[number] == 1)
     return StoreFacts(
         url=_text(objects.url),
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -182,12 +186,16 @@ class _Run:
         """Whether a prune by the rules would do anything: it does not where no checkpoint has a metric."""
         self._numbers = chunks
         self._chunks_of: dict[int, Sequence[int]] = {}
+        self._newest_created = ""
         self._cuts: list[tuple[int, dict[str, list[tuple[str, int]]]]] = []
         """Of the newest checkpoints: for each tensor the digests of its chunks, with their lengths."""
+        self._cut_from = 0
+        """The first step of those."""
 
     def read(self, objects: Objects, rows: catalog.RunRows, corrupt: set[str], rules: retention.Rules) -> "_Run":
         """Read all manifests of the run."""
         tags = tagging.listed(objects, self._name)
+        self._cut_from = rows.committed_steps()[-MAX_HEAT_STEPS - 1 :][0]
         steps = [(step, found) for step, found in rows.by_step.items() if found]
         read = catalog.read_steps(objects, [found for _, found in steps])
         candidates = []
@@ -204,9 +212,10 @@ class _Run:
     def _add(self, step: int, manifest: Manifest | None, tags: tuple[str, ...], corrupt: set[str]) -> CheckpointFacts:
         facts = CheckpointFacts(step, tags=tuple(map(_text, tags)), damaged=manifest is None)
         if manifest is not None:
-            before = self.facts.sound
             facts.created = manifest.created
-            facts.seconds_since = _seconds(before[-1].created, manifest.created) if before else None
+            if self._newest_created:
+                facts.seconds_since = _seconds(self._newest_created, manifest.created)
+            self._newest_created = manifest.created
             with_values = [(name, value) for name, value in pairs(manifest.metrics)]
             facts.metrics = {_text(name): _text(to_text(value)) for name, value in with_values}
             facts.numbers = {
@@ -214,11 +223,12 @@ class _Run:
             }
             facts.raw_bytes, facts.stored_bytes = manifest.raw_bytes, manifest.stored_bytes
             facts.new_bytes = manifest.new_bytes
-            facts.damaged = bool(corrupt) and any(ref.key in corrupt for ref in manifest.chunks)
+            facts.damaged = needs_any(manifest, corrupt)
             self._chunks_of[step] = self._numbers.of(manifest)
             self.chunks.update(self._chunks_of[step])
             self.facts.logical_bytes += manifest.raw_bytes
-            self._cuts = [*self._cuts[-MAX_HEAT_STEPS:], (step, _cut(manifest))]
+            if step >= self._cut_from:
+                self._cuts.append((step, _cut(manifest)))
         self.facts.checkpoints.append(facts)
         return facts
 
@@ -233,18 +243,30 @@ class _Run:
             (self.staying if each.kept else self.going).update(self._chunks_of.get(each.step, ()))
 
     def _heat(self) -> Heat | None:
-        if len(self._cuts) < 2:
-            return None
         sizes: dict[str, int] = {}
         for _, cut in self._cuts:
             sizes |= {path: sum(length for _, length in chunks) for path, chunks in cut.items()}
-        shown = sorted(sizes, key=lambda path: -sizes[path])[:MAX_HEAT_TENSORS]
-        values = [
-            [_changed(old.get(path), new.get(path)) for (_, old), (_, new) in itertools.pairwise(self._cuts)]
-            for path in shown
+        columns = [
+            (step, {path: _changed(old.get(path), chunks) for path, chunks in new.items()})
+            for (_, old), (step, new) in itertools.pairwise(self._cuts)
         ]
-        steps = [step for step, _ in self._cuts[1:]]
-        return Heat(steps, list(map(_text, shown)), values, len(sizes) - len(shown), is_drift=False)
+        return heat_of(columns, sizes, is_drift=False)
+
+
+def heat_of(
+    columns: Sequence[tuple[int, Mapping[str, float | None]]], sizes: Mapping[str, int], *, is_drift: bool
+) -> Heat | None:
+    """A heat map of columns, each a step and values by tensor; None of none. The largest tensors are shown."""
+    if not columns:
+        return None
+    shown = sorted(sizes, key=lambda path: -sizes[path])[:MAX_HEAT_TENSORS]
+    return Heat(
+        steps=[step for step, _ in columns],
+        tensors=list(map(_text, shown)),
+        values=[[values.get(path) for _, values in columns] for path in shown],
+        left_out=len(sizes) - len(shown),
+        is_drift=is_drift,
+    )
 
 
 _NO_METRIC = "a rule asks for a metric that no checkpoint has"
@@ -281,17 +303,9 @@ def _number(node: Any) -> float | None:
 
 
 def _seconds(before: str, after: str) -> float:
-    from datetime import datetime
-
     return round((datetime.fromisoformat(after) - datetime.fromisoformat(before)).total_seconds(), 3)
 
 
 def _text(text: str) -> str:
     shown = printable(text)
     return shown if len(shown) <= MAX_CHARACTERS else f"{shown[:MAX_CHARACTERS]}…"
-
-
-def pairs_of(run: RunFacts) -> Iterator[tuple[int, int]]:
-    """The steps of each checkpoint that can be read and of the one after it, as many as a heat map shows."""
-    steps = [each.step for each in run.sound]
-    return itertools.pairwise(steps[-MAX_HEAT_STEPS - 1 :])

@@ -1,4 +1,4 @@
-// What a report does in the browser: sections, tables that sort, charts as they come into view, light and dark.
+// What a report does in the browser: sections with their charts, tables that sort, light and dark.
 // Text from a store is never made into markup here: charts draw it, tables have it from the start.
 "use strict";
 (() => {
@@ -24,6 +24,7 @@
   const rowsOf = ({ rows, columns, values }) => rows.flatMap((row, i) => columns.map((column, j) => (
     { row, column, value: values[i][j] })));
   const draw = async (box) => {
+    box.dataset.begun = "yes";
     const { spec, cells } = charts[box.dataset.chart];
     const full = { ...spec, autosize: { type: spec.facet ? "pad" : "fit-x", contains: "padding" } };
     if (cells) full.data = { name: "rows", values: rowsOf(cells) };
@@ -45,12 +46,10 @@
       console.error(error);
     }
   };
-  const seen = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
-  }, { rootMargin: "200px" });
-  const redraw = () => { for (const box of views.keys()) draw(box); };
-  for (const box of document.querySelectorAll("[data-chart]")) seen.observe(box);
-  addEventListener("beforeprint", () => { for (const box of document.querySelectorAll("[data-chart]:not([data-drawn])")) draw(box); });
+  // Those of a section that is not shown have no width; they are drawn anew when it is.
+  const redraw = () => {
+    for (const box of views.keys()) if (box.closest("section").hidden) delete box.dataset.begun; else draw(box);
+  };
 
   // ---- light and dark
   const toggle = document.getElementById("theme");
@@ -70,8 +69,10 @@
   const show = () => {
     const wanted = sections.find((each) => `#${each.id}` === location.hash) || sections[0];
     for (const each of sections) each.hidden = each !== wanted;
-    for (const link of links) link.toggleAttribute("aria-current", link.hash === `#${wanted.id}`);
-    for (const link of links) if (link.hash === `#${wanted.id}`) link.setAttribute("aria-current", "page");
+    for (const box of wanted.querySelectorAll("[data-chart]:not([data-begun])")) draw(box);
+    for (const link of links) {
+      if (link.hash === `#${wanted.id}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
+    }
   };
   addEventListener("hashchange", () => { show(); scrollTo(0, 0); });
   show();

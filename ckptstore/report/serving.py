@@ -54,6 +54,10 @@ class LiveReport:
         """Serve until `stop`, or an interrupt."""
         self._server.serve_forever(poll_interval=0.2)
 
+    def prepare(self) -> None:
+        """Make the page now, for whoever asks first. Raises CheckpointError."""
+        self._content()
+
     def stop(self) -> None:
         """End, from another thread."""
         self._server.shutdown()

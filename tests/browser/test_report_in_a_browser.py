@@ -244,3 +244,36 @@ def test_the_live_page_follows_what_is_saved(browser: Any, store: ckptstore.Stor
     )
     drawn(browser)
     assert console(browser) == []
+
+
+def test_what_is_printed_is_the_section_that_is_shown_with_all_its_charts(
+    browser: Any, store: ckptstore.Store, tmp_path: Path
+) -> None:
+    opened(browser, written(store, tmp_path / "report.html"), "#run-1")
+    boxes = browser.find_elements(By.CSS_SELECTOR, "#run-1 [data-chart]")
+    assert len(boxes) == 4
+    for box in boxes:  # without scrolling to them
+        wait_for_chart(browser, box)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert all(box.is_displayed() for box in boxes)
+        assert not browser.find_element(By.TAG_NAME, "nav").is_displayed()
+        assert not browser.find_element(By.ID, "run-2").is_displayed()
+        assert browser.execute_cdp_cmd("Page.printToPDF", {})["data"]
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_charts_that_were_drawn_before_the_theme_was_turned_have_its_colours_and_their_width(
+    browser: Any, store: ckptstore.Store, tmp_path: Path
+) -> None:
+    opened(browser, written(store, tmp_path / "report.html"))
+    browser.find_element(By.LINK_TEXT, "lstm-wide").click()
+    drawn(browser)
+    browser.find_element(By.ID, "theme").click()
+    browser.find_element(By.LINK_TEXT, "The store").click()
+    ink = browser.execute_script("return getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()")
+    labels = "return document.querySelector('#store [data-chart] svg text').getAttribute('fill')"
+    WebDriverWait(browser, 30).until(lambda page: page.execute_script(labels) == ink)
+    assert browser.find_element(By.CSS_SELECTOR, "#store [data-chart] svg").size["width"] > 800
+    browser.execute_script("localStorage.clear()")

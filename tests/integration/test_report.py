@@ -178,12 +178,40 @@ def _umask() -> int:
     return mask
 
 
-def test_where_no_file_can_be_written_the_error_says_so(cli: Cli, store: ckptstore.Store) -> None:
+def test_where_no_file_can_be_written_the_error_says_so_before_the_work(cli: Cli, store: ckptstore.Store) -> None:
     done = cli("report", store.url, "-o", "none/r.html")
-    assert done.status == 2
-    assert "none/r.html cannot be written: No such file or directory" in done.err
+    assert done.status == 3
+    assert "there is no folder none" in done.err
     Path("folder").mkdir()
-    assert "is a folder" in cli("report", store.url, "-o", "folder").err
+    assert "folder is a folder" in cli("report", store.url, "-o", "folder").err
+
+
+def test_of_one_run_nothing_is_said_of_what_others_share(store: ckptstore.Store) -> None:
+    whole, alone = page.render(facts_of(store), whole=True), page.render(facts_of(store, "a"), whole=False)
+    assert "shared with other runs" in whole
+    assert "<dt>shared with other runs</dt>" not in alone
+    assert "a prune would free, if no other run shares it" in alone
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out_of_the_drift(store: ckptstore.Store) -> None:
+    from ckptstore.report.drifting import drift
+
+    facts = facts_of(store).runs[0]
+    store.run("a").delete(2)
+    heat = drift(open_objects(store.url), facts, 1)
+    assert heat is not None
+    assert heat.steps == [3]
+    assert heat.values[1] == [pytest.approx(2.0)]
+
+
+def test_drift_reads_each_manifest_once_more_and_lists_a_run_once_more(store: ckptstore.Store) -> None:
+    counted = {}
+    for with_drift in (False, True):
+        objects = RecordingObjects(open_objects(store.url))
+        report.make(objects, "a", RULES, "--keep-last 2", drift=with_drift)
+        manifests = sum(key.startswith("runs/") for key in objects.keys("get"))
+        counted[with_drift] = manifests, objects.count("list")
+    assert counted[True] == (2 * counted[False][0], counted[False][1] + 1)
 
 
 def test_without_the_extra_the_error_says_what_to_install(

@@ -26,7 +26,7 @@ def _exists(file: Path) -> ConflictError:
     return ConflictError(f"{file} exists, and is left as it is. Choose another name, or overwrite it on purpose.")
 
 
-def write_whole(file: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
+def write_whole(file: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:
     """Let `write` fill a temporary file beside `file`, and give it its name when it is durable."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     with explained("write", file):
