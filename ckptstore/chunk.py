@@ -52,14 +52,16 @@ def encode(raw: ByteArray, element_size: int, codec: Codec = "fast") -> ByteArra
     return _encode(Sampled(raw, _fitting(raw, element_size)), None)
 
 
-def encode_over(raw: ByteArray, element_size: int, base: Base) -> tuple[ByteArray, bool]:
+def encode_over(raw: ByteArray, element_size: int, base: Base, *, if_any: bool = False) -> tuple[ByteArray, bool]:
     """The object of `raw` as a delta to a base of the same length, or in full where that is not clearly larger.
+
+    if_any: also where the delta is just somewhat smaller.
 
     Returns the object, and whether it is a delta.
     """
     element_size = _fitting(raw, element_size)
     full, delta = Sampled(raw, element_size), Sampled(raw, element_size, base.raw)
-    if delta.shrinks_to > DELTA_PAYS * full.shrinks_to:
+    if delta.shrinks_to > (max(1.0, DELTA_PAYS) if if_any else DELTA_PAYS) * full.shrinks_to:
         return _encode(full, None), False
     return _encode(delta, base), True
 

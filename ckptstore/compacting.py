@@ -101,10 +101,13 @@ def compact(
             depth=depth,
             pinned=frozenset(pinned),
             hanging=_hanging(own[:number]),
+            older=frozenset(ref.key for each in own[:number] for ref in each.chunks[: heads(each)]),
         )
         made = _compact_one(objects, request, old, codec, threads, report)
         if made is not None:
             own[number] = made
+        # What a newer one stands on stays, so nothing is won by storing it again for an older one.
+        pinned |= {ref.key for ref in own[number].chunks}
         done += old.raw_bytes
         if progress:
             progress(done, total)

@@ -4,7 +4,7 @@ A base is the chunk at the same place of the same tensor in the run's newest che
 a save makes no chains, so that a restore decodes at most two objects a chunk. Chains are made by a compaction.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -87,10 +87,13 @@ def find_bases(
     tree: Any,
     segments: Sequence[Segment],
     earlier: Manifest,
-    *,
-    depth: int = 1,
+    depth: Callable[[int], int] = lambda index: 1,
 ) -> dict[int, Held]:
     """What the chunks at the indices `wanted` of a new checkpoint may be stored as differences to.
+
+    That is the chunk at the same place of the earlier one; or, if its chain is as long as it may be, the full chunk at
+    the end of that. The differences next to each other are the smallest ones, and they grow ever less with the
+    distance: so one long leap, after which the chain can grow again, takes less than many middling ones.
 
     Args:
         wanted: indices into the new manifest's table.
@@ -98,11 +101,11 @@ def find_bases(
         tree: the new checkpoint's.
         segments: likewise.
         earlier: the manifest of a checkpoint in the store.
-        depth: how many differences may stand one on another, the new one counted.
+        depth: how many differences may stand one on another for the chunk at an index, the new one counted.
 
     Returns:
-        By index; full chunks, if `depth` is 1. Chunks for which the earlier checkpoint has none of the same length are
-        left out.
+        By index; full chunks, if `depth` is 1. Chunks for which the earlier checkpoint has none of the same length, or
+        whose depth is 0 or less, are left out.
     """
     held = held_chunks(earlier)
     there = {place: index for index, place in _places(earlier.tree, earlier.segments).items()}
@@ -110,8 +113,9 @@ def find_bases(
     found: dict[int, Held] = {}
     for index in wanted:
         earlier_index = there.get(here[index]) if index in here else None
-        if earlier_index is not None and held[earlier_index].raw == lengths[index]:
-            found[index] = held[earlier_index].chain[:depth][-1]
+        if earlier_index is not None and held[earlier_index].raw == lengths[index] and depth(index) > 0:
+            chain = held[earlier_index].chain
+            found[index] = chain[-1] if len(chain) <= depth(index) else chain[0]
     return found
 
 

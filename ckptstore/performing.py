@@ -188,7 +188,7 @@ class Performer:
             if base is None:
                 content, is_delta = encode_chunk(raw, chunk.element, self._codec), False
             else:
-                content, is_delta = encode_over(raw, chunk.element, base)
+                content, is_delta = encode_over(raw, chunk.element, base, if_any=name in below)
             # After the encoding, so that nothing that was written meanwhile goes unseen.
             if not chunk.private and digest_of(raw) != name:
                 raise InvalidInputError(

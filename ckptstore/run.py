@@ -490,11 +490,12 @@ class Run:
         return {step: tags for step, tags in tagging.listed(self._objects, self.name).items() if step in steps}
 
     def compact(
-        self, *, keep_fast: int = 3, depth: int = 8, progress: Progress | None = None
+        self, *, keep_fast: int = 3, depth: int = 4, progress: Progress | None = None
     ) -> "compacting.CompactReport":
         """Store older checkpoints in fewer bytes: as differences, each to the next newer one of the run.
 
-        They stay what they are, and take longer to restore: up to `depth` + 1 objects are read and decoded a chunk.
+        They stay what they are, and take longer to restore: up to `depth` + 1 objects are read and decoded a chunk. A
+        chunk that newer checkpoints of the run or other runs stand on stays as it is.
         Each is committed by itself, so this may be stopped at any moment, and goes on where it was. What it has won
         becomes free with the next `Store.collect`.
 

@@ -18,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
         "compact",
         epilog=options.examples(
             "ckptstore compact ./ckpts/lstm",
-            "ckptstore compact s3://bucket/ckpts/lstm --keep-fast 5 --depth 4",
+            "ckptstore compact s3://bucket/ckpts/lstm --keep-fast 5 --depth 8",
         ),
     )(compact)
 
@@ -28,7 +28,7 @@ def compact(
     keep_fast: Annotated[int, typer.Option(metavar="N", min=1, help="Leave the N newest checkpoints as they are.")] = 3,
     depth: Annotated[
         int, typer.Option(metavar="N", min=1, max=64, help="How many differences may stand one on another.")
-    ] = 8,
+    ] = 4,
     storage_options: options.StorageOptions = None,
     as_json: options.Json = False,
 ) -> int:

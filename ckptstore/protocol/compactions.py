@@ -19,8 +19,10 @@ from ckptstore.protocol.candidates import UNREADABLE_LIST, read_candidate, read_
 from ckptstore.protocol.operations import Check, Get, Operation, Sync, Upload, Uploaded
 from ckptstore.protocol.rewrites import changed, in_place_of, rewrite
 
-PAYS = 0.9
+PAYS = 0.98
 """What a difference may take of what it replaces."""
+FREES = 1.05
+"""What it may take of a difference whose base nobody else needs: that can then become a difference itself."""
 
 
 class CompactRequest(Struct, frozen=True):
@@ -39,6 +41,8 @@ class CompactRequest(Struct, frozen=True):
     """Keys of chunks that others need too: they stay in any case, so nothing is won by storing them again."""
     hanging: Mapping[str, int] = field(default_factory=dict)
     """Key -> how many differences of older checkpoints stand on it, one on another."""
+    older: frozenset[str] = frozenset()
+    """Keys of the chunks that tensors of older checkpoints are made of."""
 
 
 def compact(request: CompactRequest) -> Generator[Operation, Any, Manifest | None]:
@@ -70,7 +74,7 @@ def _assemble(request: CompactRequest) -> Generator[Operation, Any, tuple[Manife
         if moved != chunk and not (yield Check(moved)):
             fresh[number] = chunk  # the other copy is rotten, and nobody has noticed yet
     bases = _bases(request, old, newer, chunks, fresh, {held.key for held in sound})
-    below = {chunk.digest: int(PAYS * chunk.stored) for chunk in fresh if chunk.digest in bases}
+    below = {chunk.digest: _limit(chunk, request) for chunk in fresh if chunk.digest in bases}
     new_bytes = 0
     if bases:
         uploaded: dict[str, Uploaded] = yield Upload(request.save, tuple(bases), bases, below)
@@ -127,18 +131,30 @@ def _bases(
     wanted = [
         number
         for number, (chunk, moved) in enumerate(zip(chunks, fresh, strict=True))
-        if moved is chunk and chunk.key not in request.pinned
+        if moved == chunk and chunk.key not in request.pinned
     ]
     lengths = [chunk.raw for chunk in chunks]
-    found = find_bases(wanted, lengths, old.tree, old.segments, newer, depth=request.depth)
+    found = find_bases(
+        wanted,
+        lengths,
+        old.tree,
+        old.segments,
+        newer,
+        depth=lambda number: request.depth - request.hanging.get(chunks[number].key, 0),
+    )
     return {
         chunks[number].digest: base
         for number, base in found.items()
-        if base.key in sound and _may_stand_on(chunks[number], base, request)
+        if base.key in sound and _is_another(base, chunks[number])
     }
 
 
-def _may_stand_on(chunk: Held, base: Held, request: CompactRequest) -> bool:
-    stands_there_already = chunk.base is not None and chunk.base.digest == base.digest
-    new_depth = len(base.chain) + request.hanging.get(chunk.key, 0)
-    return base.digest != chunk.digest and not stands_there_already and new_depth <= request.depth
+def _limit(chunk: Held, request: CompactRequest) -> int:
+    """How many bytes a chunk may take in its new form."""
+    frees = chunk.base is not None and chunk.base.key in request.older and chunk.base.key not in request.pinned
+    return int((FREES if frees else PAYS) * chunk.stored)
+
+
+def _is_another(base: Held, chunk: Held) -> bool:
+    """Whether it is neither the chunk itself nor what that stands on already."""
+    return base.digest not in (chunk.digest, chunk.base.digest if chunk.base is not None else None)

@@ -70,9 +70,45 @@ def test_compacted_checkpoints_are_what_they_were_in_fewer_bytes(place: Objects,
     after = store.usage().stored_bytes
     assert (report.bytes_before, report.bytes_after) == (before, after)
     assert report.passed_over == []
+    assert after < before
     if codec != "small":  # which has stored differences already
         assert report.compacted == [4, 3, 2, 1, 0]
         assert after < 0.8 * before
+
+
+def test_a_difference_moves_to_the_newer_checkpoint_so_that_what_it_stood_on_can_become_one(place: Objects) -> None:
+    saved = dict(enumerate(states(7)))
+    for step, state in saved.items():  # in full and as the difference to that, in turn
+        codec: Any = "small" if step % 2 else "fast"
+        ckptstore.Store(place, codec=codec).run("run").save(state, step=step, metrics={"loss": 1.0 / (step + 1)})
+    assert [is_full(place, step) for step in saved] == [True, False, True, False, True, False, True]
+    ckptstore.Store(place).run("run").compact(keep_fast=1, depth=6)
+    assert [is_full(place, step) for step in saved] == [False] * 6 + [True]
+    ckptstore.Store(place).collect()
+    check(place, saved)
+
+
+def test_what_a_newer_checkpoint_stands_on_is_not_stored_twice(place: Objects) -> None:
+    trained(place, 3, "small")  # two differences to the first one
+    store = ckptstore.Store(place)
+    before = store.usage().stored_bytes
+    store.run("run").compact(keep_fast=2)
+    store.collect()
+    assert store.usage().stored_bytes <= before
+    assert is_full(place, 0)
+
+
+def test_a_chain_that_is_as_long_as_it_may_be_is_followed_by_a_leap_to_its_end(place: Objects) -> None:
+    trained(place, 6)
+    ckptstore.Store(place).run("run").compact(keep_fast=1, depth=2)
+    assert depths(place) == [1, 2, 1, 2, 1, 0]
+
+
+def is_full(place: Objects, step: int) -> bool:
+    """Whether the weights that move are stored in full in a checkpoint."""
+    manifest = ckptstore.Store(place).run("run").checkpoint(step)._manifest
+    index = next(index for index in range(len(manifest.chunks)) if manifest.paths_of_chunk(index) == ["weights"])
+    return len(manifest.chain(index)) == 1
 
 
 def test_the_newest_stay_as_they_are(place: Objects) -> None:
