@@ -14,7 +14,7 @@ import torch
 
 from ckptstore import blocks as boxes
 from ckptstore import chunk
-from ckptstore.decoding import decode_chain, each_of_chain, get_chain, named
+from ckptstore.decoding import decode_chain, each_of_chain, get_chain_unchecked, named
 from ckptstore.errors import CorruptError, InvalidInputError
 from ckptstore.kernels import ByteArray, compiled
 from ckptstore.manifest import ChunkRef, Manifest, Placed, Segment
@@ -201,7 +201,7 @@ class Assembly:
 
     def _fetch(self, objects: Objects, job: _Job) -> list[bytes]:
         with named(self.manifest, job.index):
-            return get_chain(objects, job.chain)
+            return get_chain_unchecked(objects, job.chain)
 
     def _write(self, objects: Objects, job: _Job, contents: list[bytes]) -> None:
         self.has_written = True

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -35,6 +36,9 @@ ENDPOINT = re.compile(r"https?://[^\s/]+")
 PASSING = {"SlowDown", "RequestTimeout", "InternalError"}
 PASSING_STATUS = {"408", "429", "500", "502", "503", "504"}
 
+_stores_of: "weakref.WeakKeyDictionary[Any, dict[str, Stores]]" = weakref.WeakKeyDictionary()
+"""By s3fs's file system, which fsspec hands out again for the same options, and bucket."""
+
 _process_of_obstore: int | None = None
 """Where its threads run. A forked child has none of them, and would wait for them for ever."""
 
@@ -51,7 +55,7 @@ class ObstoreObjects(S3Objects):
 
     def _file_system(self) -> tuple[Any, str]:
         fs, root = super()._file_system()
-        self._stores = None if _is_forked() else stores_like(fs, root.partition("/")[0])
+        self._stores = None if _is_forked() else _stores(fs, root.partition("/")[0])
         self._tries = tries(fs)
         return fs, root
 
@@ -67,9 +71,18 @@ class ObstoreObjects(S3Objects):
                 self._go_elsewhere(error)
         super()._pipe(key, body, **options)
 
+    def get_unchecked(self, key: str) -> bytes | None:
+        """Get the whole object through obstore, with TLS or without."""
+        return self._get(key, self._content_unchecked)
+
     def _content(self, connection: Connection, path: str) -> bytes:
         stores = self._stores
-        if stores is not None and stores.gets is not None:
+        is_protected = stores is not None and stores.gets_are_protected
+        return (self._content_unchecked if is_protected else super()._content)(connection, path)
+
+    def _content_unchecked(self, connection: Connection, path: str) -> bytes:
+        stores = self._stores
+        if stores is not None:
             try:
                 return self._tried(lambda: _get(stores.gets, path.partition("/")[2]))
             except OSError as error:
@@ -97,6 +110,16 @@ class ObstoreObjects(S3Objects):
                     raise told from error
             time.sleep(random.uniform(0.5, 1) * min(0.05 * 2**attempt, LONGEST_PAUSE))
         raise AssertionError("unreachable")
+
+
+def _stores(fs: Any, bucket: str) -> Stores | None:
+    """What goes with a file system: made once, as reading the authorities of TLS for it takes 4 ms each time."""
+    made = _stores_of.setdefault(fs, {})
+    if bucket not in made:
+        if (new := stores_like(fs, bucket)) is None:
+            return None  # asked again next time, as it depends on the environment, too
+        made[bucket] = new
+    return made[bucket]
 
 
 def _is_forked() -> bool:

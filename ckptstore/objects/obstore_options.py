@@ -34,7 +34,7 @@ HANDED_ON = {
 WITHOUT_EFFECT = {
     # Of files and listings: nothing here opens a file, and listings stay with s3fs.
     "": {"default_block_size", "default_fill_cache", "default_cache_type", "use_listings_cache", "max_concurrency"},
-    # obstore looks at no checksum that comes with an answer, and gets only what TLS protects.
+    # obstore looks at no checksum that comes with an answer, and gets only what TLS or our own digests protect.
     "config_kwargs": {"response_checksum_validation"},
 }
 NESTED = {"client_kwargs", "config_kwargs", "s3_additional_kwargs", "config_kwargs.retries", "config_kwargs.s3"}
@@ -52,8 +52,8 @@ WHOLE_PUT = 5
 CREDENTIALS_SECONDS = 600
 """After half of this obstore asks for the credentials again. botocore renews them 10 minutes before they expire."""
 CHECKED_ON_THE_WAY = ("https://",)
-"""obstore compares no checksum that comes with an answer, as s3fs does, so TLS must: an object that was changed or cut
-off on the way would be taken for damaged for good."""
+"""obstore compares no checksum that comes with an answer, as s3fs does, so TLS must, or the caller's digest and another
+try through s3fs: an object that was changed or cut off on the way would else be taken for damaged for good."""
 FOREVER = timedelta(days=365)
 
 
@@ -88,10 +88,12 @@ def _unknown(place: str, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 class Stores(NamedTuple):
-    """obstore's, of one bucket: for puts, and for gets if these can be trusted to it."""
+    """obstore's, of one bucket."""
 
     puts: Any
-    gets: Any | None
+    gets: Any
+    gets_are_protected: bool
+    """Whether what they return is as the server has sent it; if not, their caller has to check it."""
 
 
 def stores_like(fs: Any, bucket: str) -> Stores | None:
@@ -127,7 +129,7 @@ def stores_like(fs: Any, bucket: str) -> Stores | None:
         of_puts["default_headers"] = {"x-amz-sdk-checksum-algorithm": "SHA256"}  # as the SDKs name it; some servers ask
     puts = S3Store(**place, client_options={**of_puts, "timeout": WHOLE_PUT * pause}, **checked)
     gets = S3Store(**place, client_options={**connection, "timeout": FOREVER, "read_timeout": pause})
-    return Stores(puts, gets if endpoint.startswith(CHECKED_ON_THE_WAY) else None)
+    return Stores(puts, gets, gets_are_protected=endpoint.startswith(CHECKED_ON_THE_WAY))
 
 
 def attributes(options: Mapping[str, Any]) -> dict[str, str]:

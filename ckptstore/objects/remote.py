@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -104,10 +104,13 @@ class FsspecObjects(Objects):
 
     def get(self, key: str) -> bytes | None:
         """Get the whole object."""
+        return self._get(key, self._content)
+
+    def _get(self, key: str, content: Callable[[Connection, str], bytes]) -> bytes | None:
         with self._explained("read", key):
             connection = self._connected()
             try:
-                return self._content(connection, f"{connection.root}/{key}")
+                return content(connection, f"{connection.root}/{key}")
             except FileNotFoundError as error:
                 if self._is_missing_key(error):
                     return None

@@ -7,7 +7,7 @@ import asyncio
 import builtins
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptstore.errors import InvalidInputError, UnavailableError
@@ -38,19 +38,19 @@ class S3Objects(FsspecObjects):
 
     delete_batch = 1000
 
-    def get(self, key: str) -> bytes | None:
+    def _get(self, key: str, content: Callable[[Connection, str], bytes]) -> bytes | None:
         """Get the whole object. Whether one that may not be read is there at all, a listing tells.
 
         Who may not list all of a bucket is refused a key that is not there: by AWS if the right to list does not cover
         the key, by some look-alikes if it has any condition.
         """
         try:
-            return super().get(key)
+            return super()._get(key, content)
         except UnavailableError as error:
             if code_of(error) not in REFUSED:
                 raise
             # Where it is there, this raises the same again; unless it was made only now, by another job.
-            return super().get(key) if self._may_be_there(key) else None
+            return super()._get(key, content) if self._may_be_there(key) else None
 
     def _may_be_there(self, key: str) -> bool:
         try:

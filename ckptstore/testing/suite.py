@@ -43,6 +43,7 @@ class BackendSuite:
     def test_an_empty_place_holds_nothing(self, objects: Objects) -> None:
         """A place that was never used is empty, and not an error."""
         assert objects.get("a/b") is None
+        assert objects.get_unchecked("a/b") is None
         assert objects.list("") == []
         assert objects.list("a/") == []
         assert objects.children("") == []
@@ -52,6 +53,7 @@ class BackendSuite:
         """Create of a new key puts it."""
         assert objects.create("runs/a/1.json", b"content") is True
         assert objects.get("runs/a/1.json") == b"content"
+        assert objects.get_unchecked("runs/a/1.json") == b"content"
 
     def test_a_second_create_changes_nothing(self, objects: Objects) -> None:
         """Create of a key that exists says no."""

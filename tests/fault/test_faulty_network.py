@@ -31,7 +31,7 @@ SCALE = float(os.environ.get("CKPTSTORE_TORTURE_SCALE", "1"))
 SCHEDULES = max(1, round(40 * SCALE))
 
 CLIENTS = {"s3fs": S3Objects, "obstore": ObstoreObjects}
-"""They differ in their puts; obstore gets nothing without TLS, which the proxy does not speak."""
+"""They differ in their puts and, without TLS, which the proxy does not speak, in their gets of chunks alone."""
 
 with_both_clients = pytest.mark.parametrize("client", CLIENTS)
 
@@ -468,6 +468,7 @@ def read_with_a_fault_at_any_request(place: Place, read: Callable[[Place], bool]
     return told, refused
 
 
+@with_both_clients
 @pytest.mark.parametrize("reader", READERS)
 @each("fault", ONCE)
 def test_a_read_rides_out_what_happens_to_any_of_its_requests(place: Place, fault: Fault, reader: str) -> None:
@@ -475,6 +476,7 @@ def test_a_read_rides_out_what_happens_to_any_of_its_requests(place: Place, faul
     assert told > 3 and refused == 0
 
 
+@with_both_clients
 @pytest.mark.parametrize("reader", READERS)
 @each("fault", FALSE_ANSWERS)
 def test_a_false_answer_to_a_read_is_never_believed(place: Place, fault: Fault, reader: str) -> None:
@@ -482,12 +484,14 @@ def test_a_false_answer_to_a_read_is_never_believed(place: Place, fault: Fault, 
     assert told + refused > 3
 
 
+@with_both_clients
 @each("fault", [faults.cut_answer, *FALSE_ANSWERS])
 def test_a_restore_from_seaweedfs_never_believes_a_false_answer(any_place: Place, fault: Fault) -> None:
     told, refused = read_with_a_fault_at_any_request(any_place, READERS["restore"], fault)
     assert told + refused > 3
 
 
+@with_both_clients
 @pytest.mark.parametrize("reader", READERS)
 @each("fault", [*ONCE, *FALSE_ANSWERS])
 def test_a_read_that_goes_wrong_for_ever_is_an_error_and_no_first_start(
@@ -522,15 +526,19 @@ def test_a_slow_answer_is_waited_for_as_long_as_it_goes_on(place: Place) -> None
     assert rule.played == 1
 
 
-def test_an_answer_that_stalls_once_is_asked_for_again(place: Place) -> None:
-    rule = place.proxy.play(faults.byte_by_byte(1.5), "get", "runs/")
+@with_both_clients
+@pytest.mark.parametrize("what", ["runs/", "chunks/"])
+def test_an_answer_that_stalls_once_is_asked_for_again(place: Place, what: str) -> None:
+    rule = place.proxy.play(faults.byte_by_byte(1.5), "get", what)
     assert same(restored(place) or {}, state(1))
     assert rule.played == 1
 
 
-def test_answers_that_stall_for_ever_are_an_error(impatient: Place) -> None:
-    impatient.proxy.play(faults.byte_by_byte(1.5), "get", "runs/", times=None)
-    with pytest.raises(UnavailableError, match=r"cannot read s3://.*/runs/run/.*[Tt]imeout"):
+@with_both_clients
+@pytest.mark.parametrize("what", ["runs/", "chunks/"])
+def test_answers_that_stall_for_ever_are_an_error(impatient: Place, what: str) -> None:
+    impatient.proxy.play(faults.byte_by_byte(1.5), "get", what, times=None)
+    with pytest.raises(UnavailableError, match=rf"cannot read s3://.*/{what}.*[Tt]imeout"):
         restored(impatient)
 
 

@@ -58,7 +58,7 @@ class TestSeaweed(BackendSuite):
 
 
 class TestSeaweedThroughObstore(BackendSuite):
-    """The same through obstore and s3fs, with TLS, without which obstore gets nothing."""
+    """The same through obstore and s3fs, with TLS, without which obstore gets only chunks."""
 
     @pytest.fixture
     def objects(self, seaweed_s3: S3Server, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Objects:
@@ -66,7 +66,7 @@ class TestSeaweedThroughObstore(BackendSuite):
         monkeypatch.setenv("AWS_CA_BUNDLE", certificate[0])
         objects = ObstoreObjects(f"s3://{seaweed_s3.new_bucket()}", seaweed_s3.storage_options_of_https)
         objects.connect()
-        assert objects._stores is not None and objects._stores.gets is not None
+        assert objects._stores is not None and objects._stores.gets_are_protected
         return objects
 
 

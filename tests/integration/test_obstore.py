@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import ckptstore
 from ckptstore.errors import UnavailableError
 from ckptstore.objects import obstore as module
 from ckptstore.objects import obstore_options
@@ -76,6 +78,41 @@ def test_a_get_without_tls_is_left_to_s3fs_which_checks_it(
     proxy.play(shorten_answer, *GET)
     assert objects.get("key") == b"some content"
     assert [b"object_store" in each.head for each in proxy.requests] == [True, False, False]
+
+
+def test_what_its_caller_checks_is_got_by_obstore_without_tls_too(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    objects = through()
+    objects.put("key", b"some content")
+    assert objects.get_unchecked("key") == b"some content"
+    assert objects.get_unchecked("absent") is None
+    assert [each.operation for each in proxy.requests] == ["put", "get", "get"]
+    assert all(b"object_store" in each.head for each in proxy.requests)
+
+
+def test_a_chunk_that_the_way_has_shortened_is_got_again_by_s3fs_which_checks_it(
+    through: Callable[..., ObstoreObjects], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    objects = through()
+    run = ckptstore.Store(objects).run("run")
+    run.save({"weight": torch.arange(100_000)}, step=1)
+    proxy.heal()
+    proxy.play(shorten_answer, "get", "chunks/", times=2)  # for s3fs, too: the checksum that comes along tells it
+    assert torch.equal(run.load(1)["weight"], torch.arange(100_000))
+    gets = [each for each in proxy.requests if each.operation == "get" and "/chunks/" in each.key]
+    assert [b"object_store" in each.head for each in gets] == [True, False, False]
+    assert objects.list("condemned/") == []
+
+
+def test_stores_at_the_same_place_share_their_connections(through: Callable[..., ObstoreObjects]) -> None:
+    first = through()
+    second = ObstoreObjects(first.url, first._options)
+    for objects in (first, second):
+        objects.connect()
+    assert first._stores is not None and second._stores is first._stores
 
 
 @pytest.mark.parametrize("bucket", ["arn:aws:s3:eu-west-1:123456789012:accesspoint/team", "team--euw1-az1--x-s3"])
@@ -171,7 +208,7 @@ def test_a_certificate_authority_of_ones_own_is_left_to_s3fs_unless_obstore_trus
     monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
     beside = ObstoreObjects(f"s3://{bucket}", options)
     assert beside.get("key") == b"x"
-    assert beside._stores is not None and beside._stores.gets is not None
+    assert beside._stores is not None and beside._stores.gets_are_protected
 
 
 @pytest.mark.parametrize("act", [PUT, GET], ids=["put", "get"])
