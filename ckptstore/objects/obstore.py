@@ -113,7 +113,7 @@ class ObstoreObjects(S3Objects):
 
 
 def _stores(fs: Any, bucket: str) -> Stores | None:
-    """What goes with a file system: made once, as reading the authorities of TLS for it takes 4 ms each time."""
+    """What goes with a file system: made once, as each of the two reads the authorities of TLS, which takes 4 ms."""
     made = _stores_of.setdefault(fs, {})
     if bucket not in made:
         if (new := stores_like(fs, bucket)) is None:
