@@ -52,6 +52,13 @@ def check(place: Objects, saved: dict[int, dict[str, Any]], name: str = "run") -
     assert ckptstore.Store(place).verify().ok
 
 
+def links(place: Objects, step: int) -> int:
+    """How many differences the weights that move are stored as, one on another."""
+    manifest = ckptstore.Store(place).run("run").checkpoint(step)._manifest
+    index = next(index for index in range(len(manifest.chunks)) if manifest.paths_of_chunk(index) == ["weights"])
+    return len(manifest.chain(index)) - 1
+
+
 def depths(place: Objects, name: str = "run") -> list[int]:
     """How many differences stand one on another in each checkpoint, at most."""
     manifests = [checkpoint._manifest for checkpoint in ckptstore.Store(place).run(name).checkpoints()]
@@ -81,34 +88,38 @@ def test_a_difference_moves_to_the_newer_checkpoint_so_that_what_it_stood_on_can
     for step, state in saved.items():  # in full and as the difference to that, in turn
         codec: Any = "small" if step % 2 else "fast"
         ckptstore.Store(place, codec=codec).run("run").save(state, step=step, metrics={"loss": 1.0 / (step + 1)})
-    assert [is_full(place, step) for step in saved] == [True, False, True, False, True, False, True]
+    assert [links(place, step) for step in saved] == [0, 1, 0, 1, 0, 1, 0]
     ckptstore.Store(place).run("run").compact(keep_fast=1, depth=6)
-    assert [is_full(place, step) for step in saved] == [False] * 6 + [True]
+    assert [links(place, step) for step in saved] == [6, 5, 4, 3, 2, 1, 0]
     ckptstore.Store(place).collect()
     check(place, saved)
 
 
+def test_differences_to_the_first_checkpoint_become_differences_to_their_neighbours(place: Objects) -> None:
+    saved = trained(place, 6, "small")
+    assert [links(place, step) for step in saved] == [0, 1, 1, 1, 1, 1]
+    ckptstore.Store(place).run("run").compact(keep_fast=1)
+    assert [links(place, step) for step in saved] == [0, 1, 4, 3, 2, 1]
+    check(place, saved)
+
+
 def test_what_a_newer_checkpoint_stands_on_is_not_stored_twice(place: Objects) -> None:
-    trained(place, 3, "small")  # two differences to the first one
-    store = ckptstore.Store(place)
+    store = ckptstore.Store(place, codec="small")
+    weights = next(states(1))["weights"]
+    for step, moved in enumerate([weights, 1.0001 * weights, torch.randn(FLOATS)]):
+        store.run("run").save({"weights": moved}, step=step)
+    assert [links(place, step) for step in range(3)] == [0, 1, 0]  # the last has nothing in common with the others
     before = store.usage().stored_bytes
-    store.run("run").compact(keep_fast=2)
+    store.run("run").compact(keep_fast=1)
     store.collect()
-    assert store.usage().stored_bytes <= before
-    assert is_full(place, 0)
+    assert store.usage().stored_bytes == before
+    assert [links(place, step) for step in range(3)] == [0, 1, 0]
 
 
 def test_a_chain_that_is_as_long_as_it_may_be_is_followed_by_a_leap_to_its_end(place: Objects) -> None:
     trained(place, 6)
     ckptstore.Store(place).run("run").compact(keep_fast=1, depth=2)
     assert depths(place) == [1, 2, 1, 2, 1, 0]
-
-
-def is_full(place: Objects, step: int) -> bool:
-    """Whether the weights that move are stored in full in a checkpoint."""
-    manifest = ckptstore.Store(place).run("run").checkpoint(step)._manifest
-    index = next(index for index in range(len(manifest.chunks)) if manifest.paths_of_chunk(index) == ["weights"])
-    return len(manifest.chain(index)) == 1
 
 
 def test_the_newest_stay_as_they_are(place: Objects) -> None:
