@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,11 +115,16 @@ class Run:
         replace: bool = False,
         progress: Progress | None = None,
         if_busy: Literal["wait", "skip"] = "wait",
+        overlap: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None" = None,
     ) -> PendingSave:
         """Copy a state to host memory and return; a thread saves the copy while the training goes on.
 
         One save of a run is under way at a time. The memory of the copy is used again for the next one, and kept as
         long as the `Store` is.
+
+        With `overlap`, what the optimizers hold is copied after this has returned, beside the next forward and backward
+        pass; their next `step()` waits for the end of that copy. All else is copied before this returns, and so is what
+        is not in host memory.
 
         Args:
             state: as for `save`.
@@ -129,6 +134,9 @@ class Run:
             replace: as for `save`.
             progress: as for `save`.
             if_busy: what to do if the save before this one is still under way: "wait" for it, or "skip" this one.
+            overlap: the optimizers whose `step()` alone changes their parameters and state. If something else is seen
+                to do so meanwhile, the save fails with an InvalidInputError, and nothing is committed. What PyTorch
+                does not count is not seen: writes through `.data`, by other processes, and replays of CUDA graphs.
 
         Returns:
             The pending save: `result()` waits and gives the checkpoint, or raises what failed. If this one was skipped,
@@ -139,10 +147,12 @@ class Run:
             CheckpointError: the save before this one failed, and nobody had asked for its result.
         """
         from ckptstore import saving, segments
+        from ckptstore.overlapping import Overlap
 
         if if_busy not in ("wait", "skip"):
             raise InvalidInputError(f"if_busy must be 'wait' or 'skip', not {if_busy!r}.")
         number = check_step(step)
+        during = None if overlap is None else Overlap(overlap)
         earlier = self._shared.pending
         if if_busy == "skip" and earlier is not None and earlier._is_under_way():
             return earlier
@@ -151,17 +161,28 @@ class Run:
             snapshot = saving.take_apart(state, metrics, metadata)
             # Taken, and given back by who uses it: an interrupt may make this thread forget a save that goes on.
             room, self._shared.room = self._shared.room or segments.Room(), None
-            room.detach(snapshot.sources, threads=self._threads)
+            may_wait = (lambda source: False) if during is None else during.covers
+            left = room.detach(snapshot.sources, threads=self._threads, later=may_wait)
 
-            def work(copied: saving.Snapshot) -> Checkpoint:
+            def work(given: tuple[saving.Snapshot, list[segments.Move]]) -> Checkpoint:
+                copied, left = given
                 try:
+                    if during is not None:
+                        during.copy(left, threads=self._background_threads)
                     self._objects.connect()  # before it gives way, as its threads serve all others too
                     give_way()
                     return Checkpoint(self._saved(number, copied, replace, progress, self._background_threads))
                 finally:
                     self._shared.room = room
 
-            pending = self._shared.pending = PendingSave(self.name, number, work, snapshot)
+            if during is not None:
+                during.begin()
+            try:
+                pending = self._shared.pending = PendingSave(self.name, number, work, (snapshot, left))
+            except BaseException:  # no thread could be started: nobody must wait for it
+                if during is not None:
+                    during.end()
+                raise
         return pending
 
     def _saved(

@@ -5,7 +5,7 @@ once and come back tied. Long segments are cut into chunks, short ones are packe
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -118,6 +118,15 @@ class Layout:
         return segments, distinct
 
 
+Move = tuple[Source, ByteArray]
+"""A source, and the memory that it is to be copied to."""
+
+
+def move(moves: Sequence[Move], *, threads: int) -> None:
+    """Copy sources, and let them go on with the copies."""
+    each(lambda pair: pair[0].move_to(pair[1]), moves, threads=threads)
+
+
 class Room:
     """Host memory for the copy of a state, used again for the next one: new memory costs more than the copy does.
 
@@ -127,18 +136,25 @@ class Room:
     def __init__(self) -> None:
         self._memory: ByteArray = np.empty(0, np.uint8)
 
-    def detach(self, sources: Sequence[Source], *, threads: int) -> None:
-        """Copy everything that the caller could still change into this room, and let `sources` go on with that."""
+    def detach(
+        self, sources: Sequence[Source], *, threads: int, later: Callable[[Source], bool] = lambda source: False
+    ) -> list[Move]:
+        """Copy everything that the caller could still change into this room, and let `sources` go on with that.
+
+        Returns those that `later` picks, for `move`: they still are the caller's.
+        """
         changing = [source for source in sources if not source.private]
         starts = [0, *itertools.accumulate(source.bytes + -source.bytes % _ALIGNMENT for source in changing)]
         needed = starts.pop()
         if not needed <= len(self._memory) <= 2 * needed:
             self._memory = np.empty(0, np.uint8)  # freed first: there is never memory for two copies
             self._memory = np.empty(needed, np.uint8)
-        pairs = [
+        moves = [
             (source, self._memory[start : start + source.bytes]) for source, start in zip(changing, starts, strict=True)
         ]
-        each(lambda pair: pair[0].move_to(pair[1]), pairs, threads=threads)
+        left = [pair for pair in moves if later(pair[0])]
+        move([pair for pair in moves if not later(pair[0])], threads=threads)
+        return left
 
 
 def cut(sources: list[Source], *, chunk_bytes: int, small_bytes: int) -> Layout:
@@ -256,7 +272,7 @@ def _from_array(leaf: TensorLeaf, number: int) -> Source:
 
 
 def _from_spans(spans: list[_Span], number: int) -> Source:
-    if len(spans) == 1 and not _fills_its_span(spans[0].value):
+    if len(spans) == 1 and not fills_its_span(spans[0].value):
         # A view with gaps, such as weight[:, :10]: what lies between does not belong to the state.
         value = spans[0].value.contiguous()
         spans = [_span(spans[0].leaf, value)]
@@ -292,7 +308,7 @@ def _from_spans(spans: list[_Span], number: int) -> Source:
     return Source(cast(Any, flat.numpy()) if first.device.type == "cpu" else flat, element, private)
 
 
-def _fills_its_span(value: torch.Tensor) -> bool:
+def fills_its_span(value: torch.Tensor) -> bool:
     """True if a tensor touches all that lies between its first and its last byte (transposed, expanded: yes)."""
     if value.is_contiguous():
         return True

@@ -151,7 +151,7 @@ class Saver:
         if self._team.size > 1:
             self._pending = self._team.save(self._run, self._options, state, step=step, metrics=metrics)
         elif self._options.save_async:
-            self._pending = self._run.save_async(state, step=step, metrics=metrics)
+            self._pending = self._run.save_async(state, step=step, metrics=metrics, overlap=state["optimizer"])
         else:
             self._report(self._run.save(state, step=step, metrics=metrics))
         self._schedule.saved(stall_seconds=time.perf_counter() - stalled_at)

@@ -1,0 +1,155 @@
+"""Copies of what optimizers hold, made while the training goes on, until one of them is about to change it.
+
+Between two steps of its optimizer nothing changes a parameter or a moment: forward and backward passes only read them.
+So a copy may be made beside them, if the next step waits for its end. CheckFreq (Mohan, Phanishayee and Chidambaram,
+FAST 2021) pipelines its snapshots with the training in this way.
+"""
+
+import bisect
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from ckptstore.errors import InvalidInputError
+from ckptstore.segments import Move, Source, fills_its_span, move
+
+__all__ = ["Overlap"]
+
+
+class Overlap:
+    """One copy of a state beside the training: what of it may be made later, and who waits for it."""
+
+    def __init__(self, optimizers: "Optimizer | Sequence[Optimizer]") -> None:
+        """Look at what they hold now.
+
+        Raises InvalidInputError for what is no optimizer whose steps can be waited before.
+        """
+        self._optimizers = _checked(optimizers)
+        self._held = [tensor for each in self._optimizers for tensor in _host_tensors(each)]
+        self._versions = [tensor._version for tensor in self._held]
+        self._spans = _joined(self._held)
+        self._process = os.getpid()
+        self._ended = threading.Event()
+
+    def covers(self, source: Source) -> bool:
+        """Whether all of its bytes belong to the optimizers."""
+        if source.private or not isinstance(source.flat, np.ndarray):
+            return False
+        start = source.flat.ctypes.data
+        number = bisect.bisect_right(self._spans, (start, 2**64)) - 1
+        return number >= 0 and start + source.bytes <= self._spans[number][1]
+
+    def begin(self) -> None:
+        """From now on steps of the optimizers wait for `end`."""
+        for optimizer in self._optimizers:
+            _gate_of(optimizer).wait_for(self)
+
+    def copy(self, moves: Sequence[Move], *, threads: int) -> None:
+        """Copy what was left for later, see whether it is still what it was, and let the optimizers go on.
+
+        Raises InvalidInputError if something has written to what they hold, as far as PyTorch counts it.
+        """
+        try:
+            move(moves, threads=threads)
+            self._require_unchanged()
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Let them go on. May be called again."""
+        self._optimizers, self._held, self._versions = [], [], []  # not to keep them alive
+        self._ended.set()
+
+    def wait(self) -> None:
+        """Return when it has ended; at once in a process that was forked meanwhile, where nobody copies."""
+        if os.getpid() == self._process:
+            self._ended.wait()
+
+    def has_ended(self) -> bool:
+        """Whether nobody need wait for it any more."""
+        return self._ended.is_set()
+
+    def _require_unchanged(self) -> None:
+        if any(tensor._version != version for tensor, version in zip(self._held, self._versions, strict=True)):
+            raise InvalidInputError(
+                "the state changed while it was copied, so nothing was committed: something else than step() of the "
+                "optimizers given as `overlap` writes to their parameters or state. Leave `overlap` out; then all is "
+                "copied before run.save_async(…) returns."
+            )
+
+
+class _Gate:
+    """Run before each step of one optimizer."""
+
+    def __init__(self) -> None:
+        self._overlaps: tuple[Overlap, ...] = ()
+
+    def wait_for(self, overlap: Overlap) -> None:
+        self._overlaps = (*(each for each in self._overlaps if not each.has_ended()), overlap)
+
+    def __call__(self, *_: Any) -> None:
+        for overlap in self._overlaps:
+            overlap.wait()
+
+
+_gates: "weakref.WeakKeyDictionary[Optimizer, _Gate]" = weakref.WeakKeyDictionary()
+"""One for each optimizer, for ever: PyTorch may be going through its hooks when a copy ends."""
+
+
+def _gate_of(optimizer: Optimizer) -> _Gate:
+    gate = _gates.get(optimizer)
+    if gate is None:
+        gate = _Gate()
+        optimizer.register_step_pre_hook(gate)
+        _gates[optimizer] = gate
+    return gate
+
+
+def _checked(given: Any) -> list[Optimizer]:
+    optimizers = list(given) if isinstance(given, list | tuple) else [given]
+    for each in optimizers:
+        # Wrappers such as Accelerate's pass for an optimizer, but nobody runs hooks of theirs.
+        if not isinstance(each, Optimizer) or not hasattr(each, "_optimizer_step_pre_hooks"):
+            raise InvalidInputError(
+                f"overlap must be the optimizer that changes the state, or a list of them, not {type(each).__name__}; "
+                "of one that is wrapped, what is inside."
+            )
+    return optimizers
+
+
+def _host_tensors(optimizer: Optimizer) -> list[torch.Tensor]:
+    """The parameters and the state of an optimizer that lie in host memory, without gaps."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    return [
+        value
+        for value in [*parameters, *state]
+        if isinstance(value, torch.Tensor)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and value.numel()
+        and not value.is_inference()
+        and fills_its_span(value)
+    ]
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where in memory they lie, in order: from, to. Those that touch are taken together."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(_address(tensor) for tensor in tensors):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _address(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
