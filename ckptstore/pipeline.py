@@ -17,6 +17,11 @@ from typing import Any, Generic, TypeVar
 MAX_INFLIGHT_BYTES = 256 * 2**20
 """What a save or restore holds at most beyond the state itself."""
 
+SMALL_BYTES = 2**20
+"""What weighs no more than this together, a thread may take at once: handing over takes longer than a small item."""
+MANY_SMALL = 32
+"""So many at most."""
+
 BACKGROUND_NICENESS = 10
 
 Progress = Callable[[int, int], None]
@@ -24,6 +29,8 @@ Progress = Callable[[int, int], None]
 
 T = TypeVar("T")
 R = TypeVar("R")
+_Numbered = tuple[int, Any]
+"""The number of an item, and what the stages before have made of it."""
 
 
 def worker_threads() -> int:
@@ -78,19 +85,24 @@ class Stage:
     threads: int
 
 
-def each(work: Callable[[T], R], items: Iterable[T], *, threads: int) -> list[R]:
-    """`[work(item) for item in items]`, on up to `threads` threads. Raises the first failure."""
+def each(
+    work: Callable[[T], R], items: Iterable[T], *, threads: int, weigh: Callable[[T], int] | None = None
+) -> list[R]:
+    """`[work(item) for item in items]`, on up to `threads` threads. Raises the first failure.
+
+    weigh: the bytes that an item is about, if a thread may take several small ones at once.
+    """
     todo = list(items)
     if len(todo) <= 1 or threads <= 1:
         return [work(item) for item in todo]
-    return staged(todo, [Stage(work, threads)])
+    return staged(todo, [Stage(work, threads)], weigh=weigh, max_inflight_bytes=sys.maxsize)
 
 
 def staged(
     items: Sequence[T],
     stages: Sequence[Stage],
     *,
-    weigh: Callable[[T], int] = lambda item: 0,
+    weigh: Callable[[T], int] | None = None,
     max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
     done: Callable[[T], None] | None = None,
 ) -> list[Any]:
@@ -99,14 +111,16 @@ def staged(
     Args:
         items: what to work on; they are begun in this order.
         stages: at least one.
-        weigh: the bytes that an item holds from the first stage to the last.
+        weigh: the bytes that an item holds from the first stage to the last. Without it there is no bound, and a thread
+            takes one item at a time.
         max_inflight_bytes: items begun and not done weigh no more than this together; a heavier one goes alone.
         done: called from a worker when an item has passed the last stage, one call at a time.
 
     Raises:
         BaseException: whatever the first failing worker raised. No thread is left running.
     """
-    return _Pipeline(items, stages, weigh, max_inflight_bytes, done).run()
+    weights = None if weigh is None else [weigh(item) for item in items]
+    return _Pipeline(items, stages, weights, max_inflight_bytes, done).run()
 
 
 class _Pipeline(Generic[T]):
@@ -114,27 +128,30 @@ class _Pipeline(Generic[T]):
         self,
         items: Sequence[T],
         stages: Sequence[Stage],
-        weigh: Callable[[T], int],
+        weights: Sequence[int] | None,
         max_inflight_bytes: int,
         done: Callable[[T], None] | None,
     ) -> None:
         self._items = items
         self._stages = stages
-        self._weigh = weigh
+        self._threads = [max(1, min(stage.threads, len(items))) for stage in stages]
+        self._weights = [0] * len(items) if weights is None else weights
+        self._most_at_once = 1 if weights is None else MANY_SMALL
         self._max_inflight_bytes = max_inflight_bytes
         self._done = done
         self._results: list[Any] = [None] * len(items)
         # All that follows is guarded by this condition.
         self._changed = threading.Condition()
-        self._waiting: list[deque[tuple[int, Any]]] = [deque() for _ in stages]
-        self._fed = self._finished = self._inflight_bytes = self._inflight = 0
+        self._waiting: list[deque[_Numbered]] = [deque() for _ in stages]
+        self._waiting[0].extend(enumerate(items))
+        self._finished = self._inflight_bytes = self._inflight = 0
         self._failure: BaseException | None = None
 
     def run(self) -> list[Any]:
         threads = [
             threading.Thread(target=self._worker, args=(index,), name=f"ckptstore-stage-{index}", daemon=True)
-            for index, stage in enumerate(self._stages)
-            for _ in range(max(1, min(stage.threads, len(self._items))))
+            for index, count in enumerate(self._threads)
+            for _ in range(count)
         ]
         try:
             for thread in threads:
@@ -156,49 +173,68 @@ class _Pipeline(Generic[T]):
         return self._failure is not None or self._finished == len(self._items)
 
     def _worker(self, index: int) -> None:
-        stage = self._stages[index]
         try:
-            while (taken := self._take(index)) is not None:
-                number, value = taken
-                result = stage.work(value)
-                self._pass_on(index, number, result)
+            while taken := self._take(index):
+                self._pass_on(index, self._worked_on(index, taken))
                 # Not to keep an item alive while waiting for the next.
-                del taken, value, result
+                del taken
         except BaseException as error:  # handed over to the caller of `run`
             self._fail(error)
 
-    def _take(self, index: int) -> tuple[int, Any] | None:
+    def _worked_on(self, index: int, taken: list[_Numbered]) -> list[_Numbered]:
+        """What a stage makes of what was taken; of no more of it once something has failed."""
+        work = self._stages[index].work
+        return [(number, work(value)) for number, value in taken if self._failure is None]
+
+    def _take(self, index: int) -> list[_Numbered]:
+        """What a thread of a stage is to work on next; nothing when all is over."""
         with self._changed:
             while not self._is_over():
-                if index == 0 and self._may_begin():
-                    number = self._fed
-                    self._fed += 1
-                    self._inflight += 1
-                    self._inflight_bytes += self._weigh(self._items[number])
-                    return number, self._items[number]
-                if self._waiting[index]:
-                    return self._waiting[index].popleft()
+                if taken := self._next(index):
+                    return taken
                 self._changed.wait()
-            return None
+            return []
 
-    def _may_begin(self) -> bool:
-        if self._fed == len(self._items):
+    def _next(self, index: int) -> list[_Numbered]:
+        """The first item that waits for a stage, or several small ones: fewer as fewer are left, for all threads."""
+        waiting = self._waiting[index]
+        most = min(len(waiting), self._most_at_once, 1 + len(waiting) // (2 * self._threads[index]))
+        taken: list[_Numbered] = []
+        taken_bytes = 0
+        while len(taken) < most:
+            weight = self._weights[waiting[0][0]]
+            if taken and taken_bytes + weight > SMALL_BYTES:
+                break
+            if index == 0 and not self._begin(weight):
+                break
+            taken.append(waiting.popleft())
+            taken_bytes += weight
+        return taken
+
+    def _begin(self, weight: int) -> bool:
+        """Count one more item as under way, if there is room for it."""
+        if self._inflight and self._inflight_bytes + weight > self._max_inflight_bytes:
             return False
-        weight = self._weigh(self._items[self._fed])
-        return self._inflight == 0 or self._inflight_bytes + weight <= self._max_inflight_bytes
+        self._inflight += 1
+        self._inflight_bytes += weight
+        return True
 
-    def _pass_on(self, index: int, number: int, result: Any) -> None:
+    def _pass_on(self, index: int, made: list[_Numbered]) -> None:
         with self._changed:
             if index + 1 < len(self._stages):
-                self._waiting[index + 1].append((number, result))
+                self._waiting[index + 1].extend(made)
             else:
-                self._results[number] = result
-                self._inflight -= 1
-                self._inflight_bytes -= self._weigh(self._items[number])
-                self._finished += 1
-                if self._done is not None:
-                    self._done(self._items[number])
+                for number, result in made:
+                    self._finish(number, result)
             self._changed.notify_all()
+
+    def _finish(self, number: int, result: Any) -> None:
+        self._results[number] = result
+        self._inflight -= 1
+        self._inflight_bytes -= self._weights[number]
+        self._finished += 1
+        if self._done is not None:
+            self._done(self._items[number])
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

@@ -93,7 +93,9 @@ class Layout:
 
     def digests(self, *, threads: int) -> list[str]:
         """The digest of each chunk."""
-        return each(lambda chunk: digest(chunk.read()), self.chunks, threads=threads)
+        return each(
+            lambda chunk: digest(chunk.read()), self.chunks, threads=threads, weigh=lambda chunk: chunk.raw_bytes
+        )
 
     def segments(self, digests: Sequence[str]) -> tuple[list[Segment], dict[str, PlannedChunk]]:
         """The manifest's segments, and the different chunks by digest in the order of the manifest's table.

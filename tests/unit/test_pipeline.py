@@ -125,3 +125,47 @@ def test_a_weight_that_cannot_be_told_is_a_failure_like_any_other_and_nobody_wai
 
     with pytest.raises(KeyError):
         staged(range(3), [Stage(str, 2), Stage(len, 2)], weigh=weigh)
+
+
+def test_small_items_are_handed_over_several_at_a_time() -> None:
+    arrived = threading.Event()
+
+    def first(item: int) -> None:
+        assert item != 1 or not arrived.wait(0.1)
+
+    staged(range(100), [Stage(first, 1), Stage(lambda _: arrived.set(), 1)], weigh=lambda item: 1)
+
+
+@pytest.mark.parametrize("weight", [None, pipeline.SMALL_BYTES])
+def test_a_heavy_item_or_one_of_unknown_weight_is_handed_over_before_the_next_one_is_begun(weight: int | None) -> None:
+    arrived = [threading.Event() for _ in range(100)]
+
+    def first(item: int) -> int:
+        assert item == 0 or arrived[item - 1].wait(10)
+        return item
+
+    weigh = None if weight is None else lambda item: weight
+    staged(range(100), [Stage(first, 1), Stage(lambda item: arrived[item].set(), 1)], weigh=weigh)
+
+
+def test_few_small_items_are_shared_among_all_threads() -> None:
+    all_four = threading.Barrier(4, timeout=10)
+    staged(range(8), [Stage(lambda item: all_four.wait(), 4)], weigh=lambda item: 1)
+
+
+def test_a_failure_stops_the_small_items_that_another_thread_has_taken_with_the_first_of_them() -> None:
+    begun = threading.Event()
+    seen: list[int] = []
+
+    def work(item: int) -> None:
+        seen.append(item)
+        if item != 0:
+            begun.set()
+            raise Broken(f"item {item}")
+        assert begun.wait(10)
+        while sum(thread.name == "ckptstore-stage-0" for thread in threading.enumerate()) > 1:
+            time.sleep(0.001)
+
+    with pytest.raises(Broken, match="item 32"):
+        staged(range(1000), [Stage(work, 2)], weigh=lambda item: 1)
+    assert seen == [0, 32]
