@@ -29,8 +29,6 @@ Progress = Callable[[int, int], None]
 
 T = TypeVar("T")
 R = TypeVar("R")
-_Numbered = tuple[int, Any]
-"""The number of an item, and what the stages before have made of it."""
 
 
 def worker_threads() -> int:
@@ -139,11 +137,12 @@ class _Pipeline(Generic[T]):
         self._most_at_once = 1 if weights is None else MANY_SMALL
         self._max_inflight_bytes = max_inflight_bytes
         self._done = done
-        self._results: list[Any] = [None] * len(items)
+        self._made: list[Any] = list(items)
+        """What the stages have made of each item so far; only the thread that has taken it touches it."""
         # All that follows is guarded by this condition.
         self._changed = threading.Condition()
-        self._waiting: list[deque[_Numbered]] = [deque() for _ in stages]
-        self._waiting[0].extend(enumerate(items))
+        self._waiting: list[deque[int]] = [deque() for _ in stages]
+        self._waiting[0].extend(range(len(items)))
         self._finished = self._inflight_bytes = self._inflight = 0
         self._failure: BaseException | None = None
 
@@ -167,27 +166,25 @@ class _Pipeline(Generic[T]):
                     thread.join()
         if self._failure is not None:
             raise self._failure
-        return self._results
+        return self._made
 
     def _is_over(self) -> bool:
         return self._failure is not None or self._finished == len(self._items)
 
     def _worker(self, index: int) -> None:
+        work = self._stages[index].work
         try:
             while taken := self._take(index):
-                self._pass_on(index, self._worked_on(index, taken))
-                # Not to keep an item alive while waiting for the next.
-                del taken
+                for number in taken:
+                    if self._failure is not None:
+                        return
+                    self._made[number] = work(self._made[number])
+                self._pass_on(index, taken)
         except BaseException as error:  # handed over to the caller of `run`
             self._fail(error)
 
-    def _worked_on(self, index: int, taken: list[_Numbered]) -> list[_Numbered]:
-        """What a stage makes of what was taken; of no more of it once something has failed."""
-        work = self._stages[index].work
-        return [(number, work(value)) for number, value in taken if self._failure is None]
-
-    def _take(self, index: int) -> list[_Numbered]:
-        """What a thread of a stage is to work on next; nothing when all is over."""
+    def _take(self, index: int) -> list[int]:
+        """The numbers of what a thread of a stage is to work on next; none when all is over."""
         with self._changed:
             while not self._is_over():
                 if taken := self._next(index):
@@ -195,14 +192,14 @@ class _Pipeline(Generic[T]):
                 self._changed.wait()
             return []
 
-    def _next(self, index: int) -> list[_Numbered]:
+    def _next(self, index: int) -> list[int]:
         """The first item that waits for a stage, or several small ones: fewer as fewer are left, for all threads."""
         waiting = self._waiting[index]
         most = min(len(waiting), self._most_at_once, 1 + len(waiting) // (2 * self._threads[index]))
-        taken: list[_Numbered] = []
+        taken: list[int] = []
         taken_bytes = 0
         while len(taken) < most:
-            weight = self._weights[waiting[0][0]]
+            weight = self._weights[waiting[0]]
             if taken and taken_bytes + weight > SMALL_BYTES:
                 break
             if index == 0 and not self._begin(weight):
@@ -219,17 +216,16 @@ class _Pipeline(Generic[T]):
         self._inflight_bytes += weight
         return True
 
-    def _pass_on(self, index: int, made: list[_Numbered]) -> None:
+    def _pass_on(self, index: int, taken: list[int]) -> None:
         with self._changed:
             if index + 1 < len(self._stages):
-                self._waiting[index + 1].extend(made)
+                self._waiting[index + 1].extend(taken)
             else:
-                for number, result in made:
-                    self._finish(number, result)
+                for number in taken:
+                    self._finish(number)
             self._changed.notify_all()
 
-    def _finish(self, number: int, result: Any) -> None:
-        self._results[number] = result
+    def _finish(self, number: int) -> None:
         self._inflight -= 1
         self._inflight_bytes -= self._weights[number]
         self._finished += 1
