@@ -8,15 +8,14 @@ FAST 2021) pipelines its snapshots with the training in this way.
 import bisect
 import os
 import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from ckptstore.errors import InvalidInputError
+from ckptstore.errors import CheckpointError, InvalidInputError
 from ckptstore.segments import Move, Source, fills_its_span, move
 
 __all__ = ["Overlap"]
@@ -35,6 +34,8 @@ class Overlap:
         self._versions = [tensor._version for tensor in self._held]
         self._spans = _joined(self._held)
         self._process = os.getpid()
+        self._is_copying = False
+        self._begins = threading.Lock()
         self._ended = threading.Event()
 
     def covers(self, source: Source) -> bool:
@@ -53,13 +54,28 @@ class Overlap:
     def copy(self, moves: Sequence[Move], *, threads: int) -> None:
         """Copy what was left for later, see whether it is still what it was, and let the optimizers go on.
 
-        Raises InvalidInputError if something has written to what they hold, as far as PyTorch counts it.
+        Raises InvalidInputError if something has written to what they hold, as far as PyTorch counts it, and
+        CheckpointError if it was given up before.
         """
+        with self._begins:
+            if self._ended.is_set():
+                raise CheckpointError("save_async was interrupted before this had copied the state: save again.")
+            self._is_copying = True
         try:
             move(moves, threads=threads)
             self._require_unchanged()
         finally:
             self.end()
+
+    def give_up(self) -> None:
+        """Let them go on, unless a thread that was started all the same is copying: it will.
+
+        An interrupt may come when the thread runs and its caller has not heard of it yet. Were the optimizers let go on
+        then, they would write beside the copy, and nobody would look whether they have.
+        """
+        with self._begins:
+            if not self._is_copying:
+                self.end()
 
     def end(self) -> None:
         """Let them go on. May be called again."""
@@ -85,29 +101,30 @@ class Overlap:
 
 
 class _Gate:
-    """Run before each step of one optimizer."""
+    """Run before each step of one optimizer; stays with it, as PyTorch may be going through its hooks at any time."""
 
     def __init__(self) -> None:
-        self._overlaps: tuple[Overlap, ...] = ()
+        # Changed by single calls alone, as threads and signal handlers may save in the midst of one another.
+        self._overlaps: set[Overlap] = set()
 
     def wait_for(self, overlap: Overlap) -> None:
-        self._overlaps = (*(each for each in self._overlaps if not each.has_ended()), overlap)
+        self._overlaps.difference_update([each for each in tuple(self._overlaps) if each.has_ended()])
+        self._overlaps.add(overlap)
 
     def __call__(self, *_: Any) -> None:
-        for overlap in self._overlaps:
+        for overlap in tuple(self._overlaps):
             overlap.wait()
-
-
-_gates: "weakref.WeakKeyDictionary[Optimizer, _Gate]" = weakref.WeakKeyDictionary()
-"""One for each optimizer, for ever: PyTorch may be going through its hooks when a copy ends."""
+            self._overlaps.discard(overlap)
 
 
 def _gate_of(optimizer: Optimizer) -> _Gate:
-    gate = _gates.get(optimizer)
-    if gate is None:
-        gate = _Gate()
-        optimizer.register_step_pre_hook(gate)
-        _gates[optimizer] = gate
+    # Looked for where it has to be: an optimizer that was initialized once more has lost it.
+    hooks: Mapping[int, Any] = optimizer._optimizer_step_pre_hooks
+    for hook in tuple(hooks.values()):
+        if isinstance(hook, _Gate):
+            return hook
+    gate = _Gate()
+    optimizer.register_step_pre_hook(gate)
     return gate
 
 
@@ -126,10 +143,9 @@ def _checked(given: Any) -> list[Optimizer]:
 def _host_tensors(optimizer: Optimizer) -> list[torch.Tensor]:
     """The parameters and the state of an optimizer that lie in host memory, without gaps."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = [value for values in optimizer.state.values() for value in values.values()]
     return [
         value
-        for value in [*parameters, *state]
+        for value in [*parameters, *_state_of(optimizer)]
         if isinstance(value, torch.Tensor)
         and value.device.type == "cpu"
         and value.layout is torch.strided
@@ -137,6 +153,12 @@ def _host_tensors(optimizer: Optimizer) -> list[torch.Tensor]:
         and not value.is_inference()
         and fills_its_span(value)
     ]
+
+
+def _state_of(optimizer: Optimizer) -> Iterator[Any]:
+    for values in optimizer.state.values():
+        # By parameter; but nothing keeps an optimizer from having a value for all of them, as MADGRAD has a count.
+        yield from values.values() if isinstance(values, Mapping) else [values]
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

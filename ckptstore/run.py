@@ -175,13 +175,13 @@ class Run:
                 finally:
                     self._shared.room = room
 
-            if during is not None:
-                during.begin()
             try:
-                pending = self._shared.pending = PendingSave(self.name, number, work, (snapshot, left))
-            except BaseException:  # no thread could be started: nobody must wait for it
                 if during is not None:
-                    during.end()
+                    during.begin()
+                pending = self._shared.pending = PendingSave(self.name, number, work, (snapshot, left))
+            except BaseException:  # no thread could be started, or an interrupt: nobody must wait for what never comes
+                if during is not None:
+                    during.give_up()
                 raise
         return pending
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptstore
-from ckptstore import overlapping, segments
+from ckptstore import background, overlapping, segments
 from ckptstore.objects.base import Objects
 from ckptstore.objects.open import open_objects
 from ckptstore.tree import flatten
@@ -134,6 +134,86 @@ def test_steps_go_on_if_no_thread_can_be_started(
         with pytest.raises(RuntimeError, match="can't start"):
             run.save_async(training.state(), step=1, overlap=training.optimizer)
     training.step()
+
+
+def test_steps_go_on_after_an_interrupt_before_the_thread_is_started(
+    place: Objects, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = overlapping._Gate.wait_for
+
+    def interrupted(gate: Any, overlap: Any) -> None:
+        inner(gate, overlap)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(overlapping._Gate, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ckptstore.Store(place).run("run").save_async(training.state(), step=1, overlap=training.optimizer)
+    step = threading.Thread(target=training.step, daemon=True)
+    step.start()
+    step.join(10)
+    assert not step.is_alive()
+
+
+@pytest.mark.parametrize("when", ["before it copies", "while it copies"])
+def test_an_interrupt_after_the_thread_was_started_mixes_no_two_moments(
+    place: Objects, training: Training, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    start, copy_of = threading.Thread.start, overlapping.Overlap.copy
+    threads: list[threading.Thread] = []
+    interrupted = threading.Event()
+
+    def start_and_be_interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("ckptstore-save"):
+            threads.append(thread)
+            assert when == "before it copies" or training.copying.wait(30)
+            raise KeyboardInterrupt
+
+    def late(overlap: Any, moves: Any, *, threads: int) -> None:
+        assert when == "while it copies" or interrupted.wait(30)
+        copy_of(overlap, moves, threads=threads)
+
+    run = ckptstore.Store(place).run("run")
+    before = training.copied()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_and_be_interrupted)
+        patch.setattr(overlapping.Overlap, "copy", late)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_async(training.state(), step=1, overlap=training.optimizer)
+        interrupted.set()
+        patch.setattr(threading.Thread, "start", start)
+        training.let_go_soon()
+        training.step()
+        threads[0].join()
+    assert when == "before it copies" or run.steps() == [1]
+    if run.steps():
+        assert_same(run.load(only="optimizer"), before["optimizer"])
+    background._under_way.clear()  # what it says at exit, where nobody has asked
+
+
+def test_an_optimizer_that_was_initialized_once_more_waits_again(place: Objects, training: Training) -> None:
+    run = ckptstore.Store(place).run("run")
+    training.go.set()
+    run.save_async(training.state(), step=1, overlap=training.optimizer).result()
+    training.go.clear()
+    training.optimizer.__init__(training.model.parameters())  # type: ignore[misc]
+    pending = run.save_async(training.state(), step=2, overlap=training.optimizer)
+    training.backward()
+    training.let_go_soon()
+    training.optimizer.step()
+    assert training.go.is_set()
+    assert pending.result().step == 2
+
+
+def test_a_value_that_an_optimizer_has_for_all_of_its_parameters_is_no_hindrance(
+    place: Objects, training: Training
+) -> None:
+    training.go.set()
+    training.optimizer.state["k"] = torch.tensor([7])  # type: ignore[index]
+    run = ckptstore.Store(place).run("run")
+    run.save_async({"k": training.optimizer.state["k"]}, step=1, overlap=training.optimizer).result()  # type: ignore[index]
+    assert run.load()["k"] == 7
 
 
 def test_a_forked_process_does_not_wait_for_a_copy_that_only_its_parent_makes(
