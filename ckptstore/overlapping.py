@@ -34,8 +34,8 @@ class Overlap:
         self._versions = [tensor._version for tensor in self._held]
         self._spans = _joined(self._held)
         self._process = os.getpid()
-        self._is_copying = False
-        self._begins = threading.Lock()
+        self._is_copying = self._was_changed = False
+        self._lock = threading.Lock()
         self._ended = threading.Event()
 
     def covers(self, source: Source) -> bool:
@@ -57,15 +57,17 @@ class Overlap:
         Raises InvalidInputError if something has written to what they hold, as far as PyTorch counts it, and
         CheckpointError if it was given up before.
         """
-        with self._begins:
+        with self._lock:
             if self._ended.is_set():
                 raise CheckpointError("save_async was interrupted before this had copied the state: save again.")
             self._is_copying = True
         try:
             move(moves, threads=threads)
-            self._require_unchanged()
-        finally:
+            self.require_unchanged()
+        except BaseException:
             self.end()
+            raise
+        self._ended.set()
 
     def give_up(self) -> None:
         """Let them go on, unless a thread that was started all the same is copying: it will.
@@ -73,7 +75,7 @@ class Overlap:
         An interrupt may come when the thread runs and its caller has not heard of it yet. Were the optimizers let go on
         then, they would write beside the copy, and nobody would look whether they have.
         """
-        with self._begins:
+        with self._lock:
             if not self._is_copying:
                 self.end()
 
@@ -91,13 +93,32 @@ class Overlap:
         """Whether nobody need wait for it any more."""
         return self._ended.is_set()
 
-    def _require_unchanged(self) -> None:
-        if any(tensor._version != version for tensor, version in zip(self._held, self._versions, strict=True)):
+    def let_pass(self) -> None:
+        """Wait, and look a last time: from now on the optimizers may change what they hold."""
+        if os.getpid() != self._process:
+            return  # forked meanwhile: nobody copies here, and nobody may be there to release the lock
+        self.wait()
+        with self._lock:
+            self._was_changed = self._was_changed or self._is_changed()
+            self.end()
+
+    def require_unchanged(self) -> None:
+        """Raise InvalidInputError if something has written to what the optimizers hold before they did.
+
+        PyTorch counts a write when it has been done, so one that was under way when the copy ended shows only later:
+        to be asked again before the commit.
+        """
+        with self._lock:
+            was_changed = self._was_changed or self._is_changed()
+        if was_changed:
             raise InvalidInputError(
                 "the state changed while it was copied, so nothing was committed: something else than step() of the "
                 "optimizers given as `overlap` writes to their parameters or state. Leave `overlap` out; then all is "
                 "copied before run.save_async(…) returns."
             )
+
+    def _is_changed(self) -> bool:
+        return any(tensor._version != version for tensor, version in zip(self._held, self._versions, strict=True))
 
 
 class _Gate:
@@ -113,7 +134,7 @@ class _Gate:
 
     def __call__(self, *_: Any) -> None:
         for overlap in tuple(self._overlaps):
-            overlap.wait()
+            overlap.let_pass()
             self._overlaps.discard(overlap)
 
 

@@ -135,8 +135,9 @@ class Run:
             progress: as for `save`.
             if_busy: what to do if the save before this one is still under way: "wait" for it, or "skip" this one.
             overlap: the optimizers whose `step()` alone changes their parameters and state. If something else is seen
-                to do so meanwhile, the save fails with an InvalidInputError, and nothing is committed. What PyTorch
-                does not count is not seen: writes through `.data`, by other processes, and replays of CUDA graphs.
+                to do so before their next step, the save fails with an InvalidInputError, and nothing is committed.
+                What PyTorch does not count is not seen: writes through `.data` or NumPy, by collectives such as
+                `all_reduce`, by fused steps of other optimizers, by other processes, and replays of CUDA graphs.
 
         Returns:
             The pending save: `result()` waits and gives the checkpoint, or raises what failed. If this one was skipped,
@@ -171,8 +172,13 @@ class Run:
                         during.copy(left, threads=self._background_threads)
                     self._objects.connect()  # before it gives way, as its threads serve all others too
                     give_way()
-                    return Checkpoint(self._saved(number, copied, replace, progress, self._background_threads))
+                    last_look = None if during is None else during.require_unchanged
+                    return Checkpoint(
+                        self._saved(number, copied, replace, progress, self._background_threads, last_look)
+                    )
                 finally:
+                    if during is not None:
+                        during.end()
                     self._shared.room = room
 
             try:

@@ -109,6 +109,56 @@ def test_a_write_that_is_no_step_fails_the_save_and_nothing_is_committed(place: 
     training.step()
 
 
+@pytest.mark.parametrize("then", ["nothing", "a step"])
+def test_a_write_that_is_counted_only_after_the_copy_has_ended_fails_the_save(
+    place: Objects, training: Training, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    copied, written = threading.Event(), threading.Event()
+    copy_of = overlapping.Overlap.copy
+
+    def copy_and_wait(overlap: Any, moves: Any, *, threads: int) -> None:
+        copy_of(overlap, moves, threads=threads)
+        copied.set()
+        assert written.wait(30)
+
+    monkeypatch.setattr(overlapping.Overlap, "copy", copy_and_wait)
+    training.go.set()
+    run = ckptstore.Store(place).run("run")
+    pending = run.save_async(training.state(), step=1, overlap=training.optimizer)
+    assert copied.wait(30)
+    with torch.no_grad():
+        next(training.model.parameters()).zero_()  # as if it had begun before: PyTorch counts it at its end
+    if then == "a step":
+        training.step()
+    written.set()
+    with pytest.raises(ckptstore.InvalidInputError, match="changed while it was copied"):
+        pending.result()
+    assert run.steps() == []
+
+
+def test_a_step_after_the_copy_and_before_the_commit_is_no_other_write(
+    place: Objects, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, stepped = threading.Event(), threading.Event()
+    copy_of = overlapping.Overlap.copy
+
+    def copy_and_wait(overlap: Any, moves: Any, *, threads: int) -> None:
+        copy_of(overlap, moves, threads=threads)
+        copied.set()
+        assert stepped.wait(30)
+
+    monkeypatch.setattr(overlapping.Overlap, "copy", copy_and_wait)
+    training.go.set()
+    before = training.copied()
+    run = ckptstore.Store(place).run("run")
+    pending = run.save_async(training.state(), step=1, overlap=training.optimizer)
+    assert copied.wait(30)
+    training.step()
+    stepped.set()
+    pending.result()
+    assert_same(run.load(only="optimizer"), before["optimizer"])
+
+
 def test_steps_go_on_after_a_copy_that_failed(
     place: Objects, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
