@@ -10,7 +10,6 @@ import os
 import random
 import re
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -36,8 +35,8 @@ ENDPOINT = re.compile(r"https?://[^\s/]+")
 PASSING = {"SlowDown", "RequestTimeout", "InternalError"}
 PASSING_STATUS = {"408", "429", "500", "502", "503", "504"}
 
-_stores_of: "weakref.WeakKeyDictionary[Any, dict[str, Stores]]" = weakref.WeakKeyDictionary()
-"""By s3fs's file system, which fsspec hands out again for the same options, and bucket."""
+_STORES = "_ckptstore_stores"
+"""The attribute of s3fs's file system (fsspec hands it out again for the same options) with the clients by bucket."""
 
 _process_of_obstore: int | None = None
 """Where its threads run. A forked child has none of them, and would wait for them for ever."""
@@ -113,8 +112,11 @@ class ObstoreObjects(S3Objects):
 
 
 def _stores(fs: Any, bucket: str) -> Stores | None:
-    """What goes with a file system: made once, as each of the two reads the authorities of TLS, which takes 4 ms."""
-    made = _stores_of.setdefault(fs, {})
+    """What goes with a file system: made once, as each of the two reads the authorities of TLS, which takes 4 ms.
+
+    Kept in it: one that is made anew, say with other credentials in the environment, is equal to it, and not the same.
+    """
+    made: dict[str, Stores] = fs.__dict__.setdefault(_STORES, {})
     if bucket not in made:
         if (new := stores_like(fs, bucket)) is None:
             return None  # asked again next time, as it depends on the environment, too

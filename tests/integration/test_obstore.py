@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 import torch
 
 import ckptstore
@@ -67,6 +68,20 @@ def test_a_put_and_a_get_are_one_request_each(through: Callable[..., ObstoreObje
     assert objects.get("absent") is None
     assert [each.operation for each in proxy.requests] == ["put", "get", "get"]
     sent(proxy, "put")
+
+
+def test_clients_are_made_once_for_a_file_system_and_anew_for_one_that_is_made_anew(
+    through: Callable[..., ObstoreObjects],
+) -> None:
+    objects = through()
+    objects.put("key", b"1")
+    again = ObstoreObjects(objects.url, objects._options)
+    again.put("key", b"2")
+    assert again._stores is objects._stores
+    s3fs.S3FileSystem.clear_instance_cache()  # as one does after credentials in the environment have changed
+    anew = ObstoreObjects(objects.url, objects._options)
+    anew.put("key", b"3")
+    assert anew._stores is not objects._stores
 
 
 def test_a_get_without_tls_is_left_to_s3fs_which_checks_it(
