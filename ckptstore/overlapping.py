@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ckptstore.errors import CheckpointError, InvalidInputError
@@ -168,6 +169,7 @@ def _host_tensors(optimizer: Optimizer) -> list[torch.Tensor]:
         value
         for value in [*parameters, *_state_of(optimizer)]
         if isinstance(value, torch.Tensor)
+        and not is_lazy(value)
         and value.device.type == "cpu"
         and value.layout is torch.strided
         and value.numel()

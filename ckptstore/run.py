@@ -153,10 +153,10 @@ class Run:
         if if_busy not in ("wait", "skip"):
             raise InvalidInputError(f"if_busy must be 'wait' or 'skip', not {if_busy!r}.")
         number = check_step(step)
-        during = None if overlap is None else Overlap(overlap)
         earlier = self._shared.pending
         if if_busy == "skip" and earlier is not None and earlier._is_under_way():
             return earlier
+        during = None if overlap is None else Overlap(overlap)
 
         with self._turn():
             snapshot = saving.take_apart(state, metrics, metadata)

@@ -293,6 +293,13 @@ def test_saves_that_overlap_do_not_keep_a_model_alive(place: Objects, training: 
     assert gone() is None
 
 
+def test_parameters_that_have_no_size_yet_are_refused_by_their_path(place: Objects) -> None:
+    lazy = torch.nn.LazyLinear(3)
+    optimizer = torch.optim.SGD(lazy.parameters(), lr=1.0)
+    with pytest.raises(ckptstore.InvalidInputError, match=r"model\.weight"):
+        ckptstore.Store(place).run("run").save_async({"model": lazy}, step=1, overlap=optimizer)
+
+
 @pytest.mark.parametrize(
     "what", [None, "optimizer", 3, [torch.nn.Linear(1, 1)], [None]], ids=["-", "text", "number", "model", "list"]
 )
