@@ -61,7 +61,7 @@ def encode_over(raw: ByteArray, element_size: int, base: Base, *, if_any: bool =
     """
     element_size = _fitting(raw, element_size)
     full, delta = Sampled(raw, element_size), Sampled(raw, element_size, base.raw)
-    if delta.shrinks_to > (max(1.0, DELTA_PAYS) if if_any else DELTA_PAYS) * full.shrinks_to:
+    if delta.shrinks_to > (1.0 if if_any else DELTA_PAYS) * full.shrinks_to:
         return _encode(full, None), False
     return _encode(delta, base), True
 

@@ -101,7 +101,6 @@ def compact(
             depth=depth,
             pinned=frozenset(pinned),
             hanging=_hanging(own[:number]),
-            older=frozenset(ref.key for each in own[:number] for ref in each.chunks[: heads(each)]),
         )
         made = _compact_one(objects, request, old, codec, threads, report)
         if made is not None:

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ckptstore.errors import CheckpointError, InvalidInputError
-from ckptstore.segments import Move, Source, fills_its_span, move
+from ckptstore.segments import Move, Source, fills_its_span, move, span_bytes
 
 __all__ = ["Overlap"]
 
@@ -31,9 +31,10 @@ class Overlap:
         Raises InvalidInputError for what is no optimizer whose steps can be waited before.
         """
         self._optimizers = _checked(optimizers)
-        self._held = [tensor for each in self._optimizers for tensor in _host_tensors(each)]
-        self._versions = [tensor._version for tensor in self._held]
-        self._spans = _joined(self._held)
+        held = [tensor for each in self._optimizers for tensor in _host_tensors(each)]
+        # In one list, which a thread may put another in the place of while a step looks at it.
+        self._held = [(tensor, tensor._version) for tensor in held]
+        self._spans = _joined(held)
         self._process = os.getpid()
         self._is_copying = self._was_changed = False
         self._lock = threading.Lock()
@@ -56,18 +57,14 @@ class Overlap:
         """Copy what was left for later, see whether it is still what it was, and let the optimizers go on.
 
         Raises InvalidInputError if something has written to what they hold, as far as PyTorch counts it, and
-        CheckpointError if it was given up before.
+        CheckpointError if it was given up before; `end` is for the caller to call, whatever comes.
         """
         with self._lock:
             if self._ended.is_set():
                 raise CheckpointError("save_async was interrupted before this had copied the state: save again.")
             self._is_copying = True
-        try:
-            move(moves, threads=threads)
-            self.require_unchanged()
-        except BaseException:
-            self.end()
-            raise
+        move(moves, threads=threads)
+        self.require_unchanged()
         self._ended.set()
 
     def give_up(self) -> None:
@@ -82,7 +79,7 @@ class Overlap:
 
     def end(self) -> None:
         """Let them go on. May be called again."""
-        self._optimizers, self._held, self._versions = [], [], []  # not to keep them alive
+        self._optimizers, self._held = [], []  # not to keep them alive
         self._ended.set()
 
     def wait(self) -> None:
@@ -119,7 +116,7 @@ class Overlap:
             )
 
     def _is_changed(self) -> bool:
-        return any(tensor._version != version for tensor, version in zip(self._held, self._versions, strict=True))
+        return any(tensor._version != version for tensor, version in self._held)
 
 
 class _Gate:
@@ -196,5 +193,4 @@ def _joined(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + span_bytes(tensor)

@@ -156,38 +156,31 @@ class Run:
         earlier = self._shared.pending
         if if_busy == "skip" and earlier is not None and earlier._is_under_way():
             return earlier
-        during = None if overlap is None else Overlap(overlap)
+        during = Overlap(() if overlap is None else overlap)
 
         with self._turn():
             snapshot = saving.take_apart(state, metrics, metadata)
             # Taken, and given back by who uses it: an interrupt may make this thread forget a save that goes on.
             room, self._shared.room = self._shared.room or segments.Room(), None
-            may_wait = (lambda source: False) if during is None else during.covers
-            left = room.detach(snapshot.sources, threads=self._threads, later=may_wait)
+            left = room.detach(snapshot.sources, threads=self._threads, later=during.covers)
 
             def work(given: tuple[saving.Snapshot, list[segments.Move]]) -> Checkpoint:
                 copied, left = given
                 try:
-                    if during is not None:
-                        during.copy(left, threads=self._background_threads)
+                    during.copy(left, threads=self._background_threads)
                     self._objects.connect()  # before it gives way, as its threads serve all others too
                     give_way()
-                    last_look = None if during is None else during.require_unchanged
-                    return Checkpoint(
-                        self._saved(number, copied, replace, progress, self._background_threads, last_look)
-                    )
+                    threads, last_look = self._background_threads, during.require_unchanged
+                    return Checkpoint(self._saved(number, copied, replace, progress, threads, last_look))
                 finally:
-                    if during is not None:
-                        during.end()
+                    during.end()
                     self._shared.room = room
 
             try:
-                if during is not None:
-                    during.begin()
+                during.begin()
                 pending = self._shared.pending = PendingSave(self.name, number, work, (snapshot, left))
             except BaseException:  # no thread could be started, or an interrupt: nobody must wait for what never comes
-                if during is not None:
-                    during.give_up()
+                during.give_up()
                 raise
         return pending
 

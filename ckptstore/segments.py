@@ -245,10 +245,14 @@ def _leaves(cluster: "list[_Span] | TensorLeaf") -> list[TensorLeaf]:
 def _span(leaf: TensorLeaf, value: torch.Tensor) -> _Span:
     if value.numel() == 0:
         return _Span(leaf, value, 0, 0)
-    item_bytes = value.element_size()
+    start = int(value.storage_offset()) * value.element_size()
+    return _Span(leaf, value, start, start + span_bytes(value))
+
+
+def span_bytes(value: torch.Tensor) -> int:
+    """From the first byte of a tensor, which is not empty, to the one behind its last."""
     last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
-    start = int(value.storage_offset()) * item_bytes
-    return _Span(leaf, value, start, start + (last + 1) * item_bytes)
+    return (last + 1) * value.element_size()
 
 
 def _overlapping(spans: list[_Span]) -> list[list[_Span]]:

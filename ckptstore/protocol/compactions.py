@@ -41,8 +41,6 @@ class CompactRequest(Struct, frozen=True):
     """Keys of chunks that others need too: they stay in any case, so nothing is won by storing them again."""
     hanging: Mapping[str, int] = field(default_factory=dict)
     """Key -> how many differences of older checkpoints stand on it, one on another."""
-    older: frozenset[str] = frozenset()
-    """Keys of the chunks that tensors of older checkpoints are made of."""
 
 
 def compact(request: CompactRequest) -> Generator[Operation, Any, Manifest | None]:
@@ -151,7 +149,7 @@ def _bases(
 
 def _limit(chunk: Held, request: CompactRequest) -> int:
     """How many bytes a chunk may take in its new form."""
-    frees = chunk.base is not None and chunk.base.key in request.older and chunk.base.key not in request.pinned
+    frees = chunk.base is not None and chunk.base.key not in request.pinned
     return int((FREES if frees else PAYS) * chunk.stored)
 
 

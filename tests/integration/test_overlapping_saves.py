@@ -59,6 +59,20 @@ class Training:
     def copied(self) -> Any:
         return copy.deepcopy({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
 
+    def holds_up_after_the_copy(self, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+        """Let copies be made at once; one event tells of that, and the saves wait behind it for the other one."""
+        copied, go_on = threading.Event(), threading.Event()
+        copy_of = overlapping.Overlap.copy
+
+        def copy_and_wait(overlap: Any, moves: Any, *, threads: int) -> None:
+            copy_of(overlap, moves, threads=threads)
+            copied.set()
+            assert go_on.wait(30)
+
+        monkeypatch.setattr(overlapping.Overlap, "copy", copy_and_wait)
+        self.go.set()
+        return copied, go_on
+
     def let_go_soon(self) -> None:
         threading.Timer(0.2, self.go.set).start()
 
@@ -113,16 +127,7 @@ def test_a_write_that_is_no_step_fails_the_save_and_nothing_is_committed(place: 
 def test_a_write_that_is_counted_only_after_the_copy_has_ended_fails_the_save(
     place: Objects, training: Training, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
-    copied, written = threading.Event(), threading.Event()
-    copy_of = overlapping.Overlap.copy
-
-    def copy_and_wait(overlap: Any, moves: Any, *, threads: int) -> None:
-        copy_of(overlap, moves, threads=threads)
-        copied.set()
-        assert written.wait(30)
-
-    monkeypatch.setattr(overlapping.Overlap, "copy", copy_and_wait)
-    training.go.set()
+    copied, written = training.holds_up_after_the_copy(monkeypatch)
     run = ckptstore.Store(place).run("run")
     pending = run.save_async(training.state(), step=1, overlap=training.optimizer)
     assert copied.wait(30)
@@ -139,16 +144,7 @@ def test_a_write_that_is_counted_only_after_the_copy_has_ended_fails_the_save(
 def test_a_step_after_the_copy_and_before_the_commit_is_no_other_write(
     place: Objects, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied, stepped = threading.Event(), threading.Event()
-    copy_of = overlapping.Overlap.copy
-
-    def copy_and_wait(overlap: Any, moves: Any, *, threads: int) -> None:
-        copy_of(overlap, moves, threads=threads)
-        copied.set()
-        assert stepped.wait(30)
-
-    monkeypatch.setattr(overlapping.Overlap, "copy", copy_and_wait)
-    training.go.set()
+    copied, stepped = training.holds_up_after_the_copy(monkeypatch)
     before = training.copied()
     run = ckptstore.Store(place).run("run")
     pending = run.save_async(training.state(), step=1, overlap=training.optimizer)
